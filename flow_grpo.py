@@ -1,0 +1,966 @@
+"""Flow-GRPO in one file: online reinforcement learning for flow-matching image models.
+
+Fine-tunes Stable Diffusion 3.5 Medium with LoRA, or the small SD3 embedded in tiny-sd3/ where there is no GPU:
+
+    python flow_grpo.py --prompt-file prompts.txt
+
+[P] Liu et al., Flow-GRPO: Training Flow Matching Models via Online RL, arXiv 2505.05470.
+[C] The authors' code, yifan123/flow_grpo.
+
+Shapes: B images in a batch, [C, H, W] a latent, T denoising steps, P prompts with G images each (the group).
+Times: t = 1 is noise and t = 0 the image, x_t = (1 - t) x_0 + t x_1, velocity = x_1 - x_0.
+"""
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusion3Pipeline
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from matplotlib.figure import Figure
+from peft import LoraConfig, get_peft_model_state_dict
+from rapidfuzz.distance import Levenshtein
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+TRAIN_STEPS, EVAL_STEPS = 10, 40  # denoising reduction: few steps to learn from, many to judge by [P]
+SD35 = "stabilityai/stable-diffusion-3.5-medium"
+TINY = Path(__file__).resolve().parent / "tiny-sd3"
+
+
+# ---- The method. These functions need torch alone: copy them.
+
+
+def sde_step(
+    velocity: Tensor,
+    x: Tensor,
+    t: float | Tensor,
+    t_next: float | Tensor,
+    noise_level: float,
+    x_next: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One denoising step as a Gaussian policy: Euler-Maruyama on the SDE that has the flow's own marginals ([P]).
+
+    dx = [v + sigma_t^2 / (2t) (x + (1 - t) v)] dt + sigma_t dw,   sigma_t = noise_level * sqrt(t / (1 - t))
+
+    Args:
+        velocity, x: [B, C, H, W], the network's output at (x, t), and x itself. Gradients flow to `velocity`.
+        t, t_next: floats or [B], 0 <= t_next < t <= 1.
+        noise_level: `a` in the paper; 0 gives the Euler step of the ODE.
+        x_next: [B, C, H, W], a sample to score. Without it one is drawn, on the generator's device.
+    Returns, in float32:
+        x_next [B, C, H, W]; log_prob [B], averaged over the elements as in [C] (0 for the ODE, which has no density);
+        mean [B, C, H, W]; std, broadcastable to x, sigma_t * sqrt(|dt|).
+    """
+    velocity, x = velocity.float(), x.float()
+    t, t_next = (torch.as_tensor(s, dtype=torch.float32, device=x.device).view(-1, 1, 1, 1) for s in (t, t_next))
+    dt = t_next - t
+    # t = 1 would divide by zero: [C] takes 1 - t_next there, for the noise scale alone.
+    sigma = noise_level * torch.sqrt(t / (1 - torch.where(t == 1, t_next, t)))
+    mean = x + (velocity + sigma**2 / (2 * t) * (x + (1 - t) * velocity)) * dt
+    std = sigma * torch.sqrt(-dt)
+    if x_next is None:
+        device = generator.device if generator is not None else x.device
+        x_next = mean + std * torch.randn(x.shape, generator=generator, device=device).to(x.device)
+    x_next = x_next.detach().float()  # a sample is data: the gradient of its log_prob goes through the mean
+    if noise_level == 0:
+        return x_next, x.new_zeros(len(x)), mean, std
+    log_prob = -((x_next - mean) ** 2) / (2 * std**2) - std.log() - math.log(2 * math.pi) / 2
+    return x_next, log_prob.mean(dim=(1, 2, 3)), mean, std
+
+
+def group_advantages(rewards: Tensor, global_std: bool = True, eps: float = 1e-4, clip: float = 5.0) -> Tensor:
+    """Advantages relative to the group ([P]): (r - mean of its group) / (std + eps), clipped to +-clip.
+
+    Args:
+        rewards: [P, G], G images of each of P prompts.
+        global_std: divide by the std of all rewards, as [C] does; otherwise by the group's own, as [P] writes.
+    Returns [P, G]. A group with equal rewards gets exact zeros: float64 makes its mean exact.
+    """
+    r = rewards.double()
+    std = r.std(correction=0) if global_std else r.std(dim=1, correction=0, keepdim=True)
+    return ((r - r.mean(dim=1, keepdim=True)) / (std + eps)).clamp(-clip, clip).to(rewards.dtype)
+
+
+def gaussian_kl(mean: Tensor, ref_mean: Tensor, std: Tensor) -> Tensor:
+    """KL between N(mean, std^2) and N(ref_mean, std^2), averaged over the elements ([P]).
+
+    mean, ref_mean: [B, C, H, W]; std: broadcastable to them. Returns [B].
+    """
+    return ((mean - ref_mean) ** 2 / (2 * std**2)).mean(dim=(1, 2, 3))
+
+
+def grpo_loss(
+    log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, kl: Tensor, clip_range: float, beta: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped surrogate with a KL penalty ([P]), for one denoising step of B images.
+
+    Args: all [B] but the last two, which are floats.
+    Returns the scalar loss, and the mean ratio_mean, clipfrac, approx_kl (to the sampling policy), policy_loss and kl.
+    """
+    log_ratio = log_prob - old_log_prob
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    policy_loss = -torch.minimum(ratio * advantages, clipped * advantages).mean()
+    with torch.no_grad():
+        stats = {
+            "ratio_mean": ratio.mean(),
+            "clipfrac": ((ratio - 1).abs() > clip_range).float().mean(),
+            # The low-variance estimate (ratio - 1) - log_ratio cancels to nothing in float32 at ratios this near to 1.
+            "approx_kl": 0.5 * (log_ratio**2).mean(),
+            "policy_loss": policy_loss.detach(),
+            "kl": kl.detach().mean(),
+        }
+    return policy_loss + beta * kl.mean(), stats
+
+
+# ---- Sampling. Rollouts and updates share `velocity`: this is why the first update's ratios are 1.
+
+
+class Text(NamedTuple):
+    """Encoded prompts: embeds [B, L, D] and pooled [B, D'], in the network's dtype."""
+
+    embeds: Tensor
+    pooled: Tensor
+
+
+def velocity(transformer, x: Tensor, t: float, text: Text, null_text: Text, guidance_scale: float) -> Tensor:
+    """The network's velocity at x [B, C, H, W] with classifier-free guidance, in float32.
+
+    The unconditional velocity is a constant to the gradient, as in [C], so it is computed without a graph.
+    """
+
+    def predict(embeds: Tensor, pooled: Tensor) -> Tensor:
+        timestep = torch.full((len(x),), 1000 * t, device=x.device)
+        return transformer(x.to(embeds.dtype), embeds, pooled, timestep, return_dict=False)[0].float()
+
+    conditional = predict(*text)
+    if guidance_scale == 1:
+        return conditional
+    with torch.no_grad():
+        unconditional = predict(*(e.expand(len(x), *e.shape[1:]) for e in null_text))
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def sigmas(scheduler, steps: int) -> list[float]:
+    """The scheduler's times [steps + 1], from 1 to 0."""
+    scheduler.set_timesteps(steps)
+    return scheduler.sigmas.tolist()
+
+
+@torch.no_grad()
+def rollout(
+    transformer,
+    x: Tensor,
+    text: Text,
+    null_text: Text,
+    times: list[float],
+    noise_level: float,
+    guidance_scale: float,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Denoise x [B, C, H, W] along `times` [T + 1]: latents [B, T + 1, C, H, W] and their log_probs [B, T]."""
+    latents, log_probs = [x], []
+    for t, t_next in zip(times[:-1], times[1:]):
+        v = velocity(transformer, latents[-1], t, text, null_text, guidance_scale)
+        x, log_prob, _, _ = sde_step(v, latents[-1], t, t_next, noise_level, generator=generator)
+        latents.append(x)
+        log_probs.append(log_prob)
+    return torch.stack(latents, 1), torch.stack(log_probs, 1)
+
+
+@torch.no_grad()
+def decode(vae, latents: Tensor) -> Tensor:
+    """Latents [B, C, H, W] to images [B, 3, H', W'] in 0..1, float32."""
+    z = (latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
+    return (vae.decode(z, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+
+
+# ---- Rewards: plain functions (images [B, 3, H, W] in 0..1, prompts [B], metadata [B]) -> rewards [B].
+
+
+class UserError(Exception):
+    """Something the user can mend: shown as one sentence, without a traceback, with exit code 2."""
+
+
+def quoted_text(prompt: str) -> str:
+    """The text that a prompt asks for: what stands between its first pair of double quotes."""
+    match = re.search(r'["“]([^"“”]*\S[^"“”]*)["”]', prompt)
+    if match is None:
+        raise UserError(f'the ocr reward needs a text in double quotes, as in: a sign that says "407"; got: {prompt}')
+    return match.group(1)
+
+
+@functools.cache
+def ocr_engine(height: int, width: int):
+    """RapidOCR (PP-OCR on onnxruntime; the models are in its wheel) sized to the images, one thread a call."""
+    from rapidocr import RapidOCR
+
+    return RapidOCR(
+        params={
+            "Global.log_level": "error",
+            "Global.use_cls": False,  # no upside-down text
+            # An image the size of a line is read as one line. The detector is for larger ones; by default it would
+            # enlarge each to a 736-pixel side.
+            "Global.use_det": height > 64,
+            "Det.limit_type": "max",
+            "Det.limit_side_len": max(height, width),
+            "Rec.rec_img_shape": [3, 48, 48],  # the least width a line is padded to; 320 by default
+            "EngineConfig.onnxruntime.intra_op_num_threads": 1,
+        }
+    )
+
+
+def ocr_reward(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+    """Text rendering [P]: 1 - edit distance / length of the quoted text, without spaces and case; 0 at the least."""
+    pixels = (images * 255).round().byte().permute(0, 2, 3, 1).flip(-1).cpu().numpy()  # BGR, as OpenCV has it
+    engine = ocr_engine(*pixels.shape[1:3])
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # onnxruntime releases the GIL
+        readings = [result.txts or () for result in pool.map(engine, pixels)]
+
+    def score(prompt: str, lines: tuple[str, ...]) -> float:
+        target, text = ("".join(s.split()).lower() for s in (quoted_text(prompt), "".join(lines)))
+        distance = 0 if target in text else Levenshtein.distance(text, target)
+        return 1 - min(distance, len(target)) / len(target)
+
+    return torch.tensor([score(prompt, lines) for prompt, lines in zip(prompts, readings)])
+
+
+REWARDS = {"ocr": ocr_reward}
+
+
+def load_reward(name: str) -> Callable:
+    """A built-in reward by name, or the user's own as path/to/file.py:function."""
+    if name in REWARDS:
+        return REWARDS[name]
+    path, _, function = name.rpartition(":")
+    if not path.endswith(".py"):
+        raise UserError(f"unknown reward '{name}': choose {', '.join(REWARDS)}, or path/to/file.py:function")
+    if not Path(path).is_file():
+        raise UserError(f"the reward file {path} does not exist: check the path before the colon in --reward")
+    spec = importlib.util.spec_from_file_location("user_reward", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:
+        raise UserError(f"the reward file {path} fails on import ({type(e).__name__}: {e}): mend it and run again")
+    if not callable(getattr(module, function, None)):
+        raise UserError(f"{path} has no function '{function}': name one that it defines after the colon in --reward")
+    return getattr(module, function)
+
+
+def score_images(reward: Callable, images: Tensor, records: list[dict]) -> Tensor:
+    """Call the reward and check what it returns: finite rewards [B] on the CPU. Raises UserError."""
+    prompts, problem = [r["prompt"] for r in records], ""
+    try:
+        rewards = torch.as_tensor(reward(images, prompts, records), dtype=torch.float32).detach().cpu()
+        if rewards.shape != (len(prompts),):
+            problem = f"returned shape {list(rewards.shape)}, not one number for each of {len(prompts)} images"
+        elif not rewards.isfinite().all():
+            i = int((~rewards.isfinite()).nonzero()[0])
+            problem = f"returned {rewards[i]:g} for the prompt: {prompts[i]}"
+    except Exception as e:
+        if out_of_memory(e):
+            raise
+        problem = f"raised {type(e).__name__} ({e}) in a batch that begins with the prompt: {prompts[0]}"
+    if problem:
+        raise UserError(f"the reward function {getattr(reward, '__name__', reward)} {problem}. Mend it")
+    return rewards
+
+
+def out_of_memory(e: BaseException) -> bool:
+    """Whether it says so, under any of the names that it has on GPUs and CPUs."""
+    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(e, RuntimeError) and any(s in str(e) for s in ("out of memory", "allocate memory", "ALLOC_FAILED"))
+    )
+
+
+# ---- Settings and prompts.
+
+
+def setting(default, text: str):
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Config:
+    """A run's settings. The defaults are the published recipe for SD3.5-M."""
+
+    prompt_file: str | None = setting(None, "prompts to train on: .txt, one a line, or .jsonl, a record with `prompt`")
+    eval_prompt_file: str | None = setting(None, "prompts to evaluate on (default: some held out of the prompt file)")
+    output_dir: str | None = setting(None, "folder of the run (default: a new one in runs/)")
+    model: str | None = setting(None, f"hub name or folder (default: {SD35} with a GPU, else tiny-sd3)")
+    reward: str = setting("ocr", f"{', '.join(REWARDS)}, or path/to/file.py:function")
+    epochs: int = setting(500, "rounds of rollout and update")
+    prompts_per_epoch: int = setting(48, "prompts in an epoch")
+    group_size: int = setting(24, "images for each prompt, compared with each other")
+    updates_per_epoch: int = setting(2, "optimiser steps an epoch; all but the first are off-policy")
+    batch_size: int = setting(4, "images in one forward pass: lower it to save memory")
+    learning_rate: float = setting(3e-4, "of AdamW")
+    beta: float = setting(0.04, "weight of the KL penalty")
+    clip_range: float = setting(1e-4, "of the ratio; small, because log-probs are averaged over the latent's elements")
+    guidance_scale: float = setting(4.5, "classifier-free guidance in training and evaluation; 1 for none")
+    noise_level: float = setting(0.7, "of the SDE")
+    lora_rank: int = setting(32, "of the adapter; its alpha is twice that")
+    ema_interval: int = setting(8, "updates between two steps of the adapter's moving average")
+    height: int = setting(512, "pixels")
+    width: int = setting(512, "pixels")
+    max_sequence_length: int = setting(128, "T5 tokens (without T5, zeros that stand for them)")
+    eval_every: int = setting(20, "epochs between evaluations")
+    seed: int = setting(0, "of the adapter, the prompts' order and the noise")
+
+
+# The embedded model's own defaults, for 2 CPU cores.
+LAPTOP = dict(
+    epochs=60,
+    prompts_per_epoch=12,
+    group_size=16,
+    batch_size=96,
+    learning_rate=1e-3,
+    beta=0.0,
+    clip_range=1e-3,
+    guidance_scale=1.0,
+    lora_rank=16,
+    ema_interval=1,
+    height=32,
+    width=64,
+    max_sequence_length=1,
+    eval_every=20,
+)
+
+
+def check(config: Config) -> None:
+    """Refuse settings that can't work."""
+    least = {"group_size": 2, "guidance_scale": 1, "beta": 0, "seed": 0}  # the other numbers: above 0
+    for name, value in dataclasses.asdict(config).items():
+        flag = f"--{name.replace('_', '-')}"
+        if name in least and not value >= least[name]:
+            raise UserError(f"{flag} is {value}: give {least[name]} or more")
+        if name not in least and isinstance(value, (int, float)) and not value > 0:
+            raise UserError(f"{flag} is {value}: give a number above 0")
+    if config.max_sequence_length > 512:
+        raise UserError(f"--max-sequence-length is {config.max_sequence_length}: SD3 takes 512 at most")
+
+
+def read_prompts(path: str, reward: str) -> list[dict]:
+    """A prompt file's records, each with its `prompt`. Raises UserError naming the file and line."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as e:
+        raise UserError(f"can't read the prompt file {path} ({e.strerror}): check the path")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise UserError(f"the prompt file {path} is not UTF-8 text: give a file with one prompt a line")
+    records = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line) if path.endswith(".jsonl") else {"prompt": line.strip()}
+            if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+                raise UserError("a record needs a `prompt` string")
+            if reward == "ocr":
+                quoted_text(record["prompt"])
+        except (UserError, json.JSONDecodeError) as e:
+            raise UserError(f"{path}, line {number}: {e}")
+        records.append(record)
+    if not records:
+        raise UserError(f"the prompt file {path} has no prompts: write one a line")
+    return records
+
+
+def split_prompts(config: Config) -> tuple[list[dict], list[dict]]:
+    """Training and evaluation records; without an evaluation file, half the prompts but at most 256 are held out."""
+    train = read_prompts(config.prompt_file, config.reward)
+    if config.eval_prompt_file:
+        return train, read_prompts(config.eval_prompt_file, config.reward)
+    unique = {r["prompt"]: r for r in train}
+    count = min(256, len(unique) // 2)
+    if count == 0:
+        print("Only one prompt: it is evaluated on as well as trained on. Give more, or --eval-prompt-file.")
+        return train, train
+    order = np.random.default_rng(0).permutation(len(unique))  # the same for every seed: runs can be compared
+    held_out = [list(unique.values())[i] for i in order[:count]]
+    names = {r["prompt"] for r in held_out}
+    return [r for r in train if r["prompt"] not in names], held_out
+
+
+def epoch_prompts(records: list[dict], config: Config, epoch: int) -> list[dict]:
+    """The prompts of an epoch: each is drawn once before any is drawn again."""
+    draws = range(epoch * config.prompts_per_epoch, (epoch + 1) * config.prompts_per_epoch)
+
+    @functools.cache
+    def order(lap: int) -> np.ndarray:
+        return np.random.default_rng([config.seed, lap]).permutation(len(records))
+
+    return [records[order(i // len(records))[i % len(records)]] for i in draws]
+
+
+# ---- The model: a diffusers pipeline whose transformer carries a LoRA adapter.
+
+
+def why_not_loaded(e: BaseException, model: str) -> str:
+    """Name the cause behind the library's error, and the next step."""
+    summary, causes = " ".join(str(e).split())[:300], []
+    while e is not None:
+        causes.append(type(e))
+        e = e.__cause__ or e.__context__
+    if any(issubclass(c, GatedRepoError) for c in causes):
+        return f"is gated: accept its licence at https://huggingface.co/{model}, then run `hf auth login` and start again"
+    if any(issubclass(c, RepositoryNotFoundError) for c in causes):
+        return "is neither a folder nor on the hub: check the name, and run `hf auth login` if it is private"
+    if any(c is LocalEntryNotFoundError or "Connect" in c.__name__ or "Offline" in c.__name__ for c in causes):
+        return "is not a folder, and the hub can't be reached: check the name and the network, or give a folder with --model"
+    return f"can't be loaded ({summary}): check --model"
+
+
+def load_pipeline(config: Config, dtype: torch.dtype) -> StableDiffusion3Pipeline:
+    """Load the pipeline in `dtype` on the CPU, frozen, and check that the image size fits it."""
+    try:
+        parts = StableDiffusion3Pipeline.load_config(config.model)
+        absent = {name: None for name, part in parts.items() if part == [None, None]}  # T5, as a rule
+        pipe = StableDiffusion3Pipeline.from_pretrained(config.model, dtype=dtype, **absent)
+    except (OSError, ValueError, KeyError, SafetensorError) as e:
+        raise UserError(f"the model {config.model} {why_not_loaded(e, config.model)}")
+    factor = pipe.vae_scale_factor * pipe.patch_size
+    largest = pipe.transformer.config.pos_embed_max_size * factor
+    for name in ("height", "width"):
+        size = getattr(config, name)
+        if size % factor or size > largest:
+            raise UserError(f"--{name} is {size}: {config.model} needs a multiple of {factor}, at most {largest}")
+    for module in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
+        if module is not None:
+            module.requires_grad_(False).eval()
+    return pipe
+
+
+@torch.no_grad()
+def encode_prompts(pipe, prompts: list[str], config: Config, device: str) -> dict[str, Text]:
+    """Encode each prompt once, the empty one too, then free the text encoders. The result is kept on the CPU."""
+    encoders = [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3]
+    for encoder in encoders:
+        if encoder is not None:
+            encoder.to(device)
+    unique, texts = ["", *dict.fromkeys(prompts)], {}
+    for i in tqdm(range(0, len(unique), 16), desc="encoding prompts", unit="batch", disable=None, leave=False):
+        batch = unique[i : i + 16]
+        embeds, _, pooled, _ = pipe.encode_prompt(
+            batch, None, None, device=device, do_classifier_free_guidance=False,
+            max_sequence_length=config.max_sequence_length,
+        )  # fmt: skip
+        embeds, pooled = (e.to("cpu", pipe.transformer.dtype) for e in (embeds, pooled))
+        texts.update((prompt, Text(*pair)) for prompt, *pair in zip(batch, embeds, pooled))
+    pipe.text_encoder = pipe.text_encoder_2 = pipe.text_encoder_3 = None
+    return texts
+
+
+@dataclass
+class Run:
+    """What a run works with, and from `parameters` on all that training changes, which is what a checkpoint holds."""
+
+    config: Config
+    pipe: StableDiffusion3Pipeline
+    reward: Callable
+    train_records: list[dict]
+    eval_records: list[dict]
+    texts: dict[str, Text]
+    parameters: list[torch.nn.Parameter]  # the adapter's, float32
+    ema: list[Tensor]  # their moving average
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    epoch: int = 0  # done
+    updates: int = 0  # done
+
+    def text(self, records: list[dict]) -> Text:
+        """The encoded prompts of some records, on the device."""
+        texts = [self.texts[r["prompt"]] for r in records]
+        return Text(*(torch.stack(e).to(self.pipe.device) for e in zip(*texts)))
+
+    @property
+    def null_text(self) -> Text:
+        return self.text([{"prompt": ""}])
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        factor = self.pipe.vae_scale_factor
+        return self.pipe.transformer.config.in_channels, self.config.height // factor, self.config.width // factor
+
+
+def prepare(config: Config) -> Run:
+    """Check all that can be checked, load the model, encode the prompts, and add the adapter. Writes nothing."""
+    check(config)
+    reward = load_reward(config.reward)
+    train_records, eval_records = split_prompts(config)
+    device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # for the adapter: TF32 has as many digits as the base's fp16
+    pipe = load_pipeline(config, dtype)
+    drawn = [r for epoch in range(config.epochs) for r in epoch_prompts(train_records, config, epoch)]
+    texts = encode_prompts(pipe, [r["prompt"] for r in eval_records + drawn], config, device)
+    parameters = add_adapter(pipe.transformer, config)
+    pipe.to(device)
+    return Run(
+        config=config,
+        pipe=pipe,
+        reward=reward,
+        train_records=train_records,
+        eval_records=eval_records,
+        texts=texts,
+        parameters=parameters,
+        ema=[p.detach().clone() for p in parameters],
+        optimizer=torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=1e-4),
+        # A log_prob is a mean over some 65,536 elements: its gradients would underflow in half precision, unscaled.
+        scaler=torch.amp.GradScaler(device, growth_interval=100, enabled=dtype == torch.float16),
+    )
+
+
+def add_adapter(transformer, config: Config) -> list[torch.nn.Parameter]:
+    """Put a float32 LoRA adapter on every attention projection; the base stays frozen. Returns the new parameters."""
+    torch.manual_seed(config.seed)
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    rank = config.lora_rank
+    transformer.add_adapter(
+        LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian", target_modules=targets)
+    )
+    parameters = [p for p in transformer.parameters() if p.requires_grad]
+    for p in parameters:
+        p.data = p.data.float()
+    return parameters
+
+
+@contextmanager
+def reference(transformer):
+    """The frozen base model, for the KL: the same network with its adapter off."""
+    transformer.disable_adapters()
+    try:
+        yield
+    finally:
+        transformer.enable_adapters()
+
+
+@contextmanager
+def averaged(run: Run):
+    """The adapter's moving average in place of the adapter, for evaluation and for the saved weights."""
+
+    def swap():
+        for p, average in zip(run.parameters, run.ema):
+            p.data, average.data = average.data, p.data
+
+    swap()
+    try:
+        yield
+    finally:
+        swap()
+
+
+# ---- Training.
+
+
+class Samples(NamedTuple):
+    """An epoch's rollouts, N = P * G images, prompt by prompt, on the CPU."""
+
+    records: list[dict]  # [N]
+    latents: Tensor  # [N, T + 1, C, H, W]
+    log_probs: Tensor  # [N, T], under the policy that drew them
+    rewards: Tensor  # [N]
+
+
+def bar(total: int, name: str):
+    return tqdm(total=total, desc=name, unit="image", disable=None, leave=False)
+
+
+def collect(run: Run, generator: torch.Generator) -> tuple[Samples, dict[str, float]]:
+    """Roll out G images for each of the epoch's prompts with the SDE, and score them. Returns the seconds taken, too."""
+    config, device, null_text = run.config, run.pipe.device, run.null_text
+    prompts = epoch_prompts(run.train_records, config, run.epoch)
+    records = [r for r in prompts for _ in range(config.group_size)]
+    times = sigmas(run.pipe.scheduler, TRAIN_STEPS)
+    parts, seconds = [], {"seconds_rollout": 0.0, "seconds_scoring": 0.0}
+    with bar(len(records), "rollout") as rolling, bar(len(records), "scoring") as scoring:
+        for i in range(0, len(records), config.batch_size):
+            batch, start = records[i : i + config.batch_size], time.perf_counter()
+            noise = torch.randn(len(batch), *run.latent_shape, generator=generator).to(device)
+            latents, log_probs = rollout(
+                run.pipe.transformer, noise, run.text(batch), null_text, times, config.noise_level,
+                config.guidance_scale, generator,
+            )  # fmt: skip
+            images = decode(run.pipe.vae, latents[:, -1])
+            latents, log_probs = latents.cpu(), log_probs.cpu()
+            if not (log_probs.isfinite().all() and images.isfinite().all()):
+                raise UserError("the model's samples are not finite: start a new run with a lower --learning-rate")
+            rolling.update(len(batch))
+            rolled = time.perf_counter()
+            parts.append((latents, log_probs, score_images(run.reward, images, batch)))
+            scoring.update(len(batch))
+            seconds["seconds_rollout"] += rolled - start
+            seconds["seconds_scoring"] += time.perf_counter() - rolled
+    return Samples(records, *(torch.cat(p) for p in zip(*parts))), seconds
+
+
+def score_step(run: Run, x: Tensor, x_next: Tensor, t: float, t_next: float, text: Text, null_text: Text):
+    """The log_prob [B] of a rollout's step under the adapter as it is now, and its KL [B] to the base model."""
+    transformer, guidance_scale, noise_level = run.pipe.transformer, run.config.guidance_scale, run.config.noise_level
+    if run.config.beta > 0:
+        with torch.no_grad(), reference(transformer):
+            v_ref = velocity(transformer, x, t, text, null_text, guidance_scale)
+    v = velocity(transformer, x, t, text, null_text, guidance_scale)
+    _, log_prob, mean, std = sde_step(v, x, t, t_next, noise_level, x_next)
+    if run.config.beta == 0:
+        return log_prob, torch.zeros_like(log_prob)
+    _, _, ref_mean, _ = sde_step(v_ref, x, t, t_next, noise_level, x_next)
+    # The published betas weigh [C]'s KL, which leaves |dt| out of the variance: the late, low-noise steps count more, and
+    # image quality holds. The exact KL of [P], gaussian_kl(mean, ref_mean, std), is 1 / |dt| (about 10) times larger and
+    # would take a beta ten times smaller.
+    return log_prob, gaussian_kl(mean, ref_mean, std / math.sqrt(t - t_next))
+
+
+def update(run: Run, samples: Samples, generator: torch.Generator) -> dict[str, float]:
+    """The epoch's optimiser steps, on the samples that have an advantage. Returns the mean statistics."""
+    config, device, null_text = run.config, run.pipe.device, run.null_text
+    all_times = sigmas(run.pipe.scheduler, TRAIN_STEPS)
+    trained_steps = range(TRAIN_STEPS - 1)  # at the last, t = .0089, rounding would dominate the ratio [C]
+    advantages = group_advantages(samples.rewards.view(-1, config.group_size)).flatten()
+    kept = advantages.nonzero().flatten()  # a group of equal rewards teaches nothing: drop it before the work
+    kept = kept[torch.randperm(len(kept), generator=generator)]
+    chunks = [chunk for chunk in kept.tensor_split(config.updates_per_epoch) if len(chunk)]
+    totals, deviation = {"grad_norm": 0.0}, torch.zeros((), device=device)
+    with bar(len(kept), "update") as progress:
+        for chunk in chunks:
+            for i in chunk.split(config.batch_size):
+                text, latents = run.text([samples.records[j] for j in i]), samples.latents[i].to(device)
+                old_log_probs, advantage = samples.log_probs[i].to(device), advantages[i].to(device)
+                for k in trained_steps:
+                    times = all_times[k], all_times[k + 1]
+                    log_prob, kl = score_step(run, latents[:, k], latents[:, k + 1], *times, text, null_text)
+                    old = old_log_probs[:, k]
+                    loss, stats = grpo_loss(log_prob, old, advantage, kl, config.clip_range, config.beta)
+                    weight = len(i) / len(chunk) / len(trained_steps)
+                    run.scaler.scale(loss * weight).backward()
+                    if chunk is chunks[0]:  # nothing has changed since the rollout: not 1 means numerical error
+                        deviation = torch.maximum(deviation, (log_prob.detach() - old).expm1().abs().max())
+                    for name, value in stats.items():
+                        totals[name] = totals.get(name, 0.0) + value * weight / len(chunks)
+                progress.update(len(i))
+            run.scaler.unscale_(run.optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(run.parameters, 1.0)
+            if not norm.isfinite() and run.scaler.get_scale() <= 1:  # at a larger scale, the scaler skips and halves
+                raise UserError("the gradient is not finite: start a new run with a lower --learning-rate")
+            run.scaler.step(run.optimizer)
+            run.scaler.update()
+            run.optimizer.zero_grad(set_to_none=True)
+            totals["grad_norm"] += norm.nan_to_num(0, 0) / len(chunks)
+            run.updates += 1
+            if run.updates % config.ema_interval == 0:
+                decay = min(0.9, (1 + run.updates) / (10 + run.updates))  # shorter while there is little to average [C]
+                for average, p in zip(run.ema, run.parameters):
+                    average.lerp_(p.detach(), 1 - decay)
+    stats = {"trained": len(kept) / len(advantages), "ratio_deviation": deviation, **totals}
+    return {name: float(value) for name, value in stats.items()}
+
+
+def evaluate(run: Run) -> tuple[dict[str, float], Tensor]:
+    """Draw as one deploys, with the averaged adapter and 40 ODE steps. Returns the metrics and the first 16 images."""
+    config, null_text, times = run.config, run.null_text, sigmas(run.pipe.scheduler, EVAL_STEPS)
+    rewards, shown = [], []
+    with averaged(run), bar(len(run.eval_records), "evaluation") as progress:
+        for i in range(0, len(run.eval_records), config.batch_size):
+            batch = run.eval_records[i : i + config.batch_size]
+            text = run.text(batch)
+            noise = [  # prompt i has seed i; drawn as StableDiffusion3Pipeline draws it from such generators
+                torch.randn(1, *run.latent_shape, generator=torch.Generator().manual_seed(j), dtype=text.embeds.dtype)
+                for j in range(i, i + len(batch))
+            ]
+            x = torch.cat(noise).float().to(run.pipe.device)
+            latents, _ = rollout(run.pipe.transformer, x, text, null_text, times, 0.0, config.guidance_scale)
+            images = decode(run.pipe.vae, latents[:, -1])
+            rewards.append(score_images(run.reward, images, batch))
+            shown.append(images[: max(0, 16 - i)].cpu())
+            progress.update(len(batch))
+    rewards = torch.cat(rewards)
+    metrics = {"eval_reward": rewards.mean().item()}
+    if run.reward is ocr_reward:
+        metrics["eval_accuracy"] = (rewards == 1).float().mean().item()
+    return metrics, torch.cat(shown)
+
+
+def train(run: Run, out: Path, resume: bool) -> None:
+    """First evaluation; epochs of rollout, scoring and update; last evaluation. Each epoch ends with a checkpoint."""
+    config = run.config
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    write_text(out / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    write_text(out / "eval_prompts.jsonl", "".join(json.dumps(r) + "\n" for r in run.eval_records))
+    metrics = read_metrics(out / "metrics.jsonl", run.epoch) if resume else []
+    write_text(out / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in metrics))
+    writer = SummaryWriter(out / "tensorboard", purge_step=run.epoch + 1 if metrics else None)
+
+    def log(record: dict) -> None:
+        metrics.append(record)
+        with open(out / "metrics.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps(record) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+        for name, value in record.items():
+            writer.add_scalar(name, value, record["epoch"])
+        writer.flush()
+        shown = "  ".join(f"{n} {v:.3g}" for n, v in record.items() if n not in ("epoch", "ratio_mean", "policy_loss"))
+        tqdm.write(f"epoch {record['epoch']}: {shown}")
+        sys.stdout.flush()
+
+    with tqdm(total=config.epochs, initial=run.epoch, desc="epochs", unit="epoch", disable=None) as progress:
+        while True:
+            due = run.epoch % config.eval_every == 0 or run.epoch >= config.epochs
+            if due and not any(m["epoch"] == run.epoch and "eval_reward" in m for m in metrics):
+                result, images = evaluate(run)
+                write_grid(images, out / "samples" / f"epoch_{run.epoch:05}.png")
+                log({"epoch": run.epoch, **result})
+            if due:
+                write_curve(metrics, out / "curve.png")
+            if run.epoch >= config.epochs:
+                break
+            # A generator of its own for each epoch: nothing about randomness needs to be in the checkpoint.
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + run.epoch)
+            samples, seconds = collect(run, generator)
+            start = time.perf_counter()
+            stats = update(run, samples, generator)
+            run.epoch += 1
+            rewards = {"reward": samples.rewards.mean().item(), "reward_std": samples.rewards.std().item()}
+            seconds["seconds_update"] = time.perf_counter() - start
+            log({"epoch": run.epoch, **rewards, **stats, **seconds})
+            save(run, out)
+            progress.update()
+    writer.close()
+    evaluations = [m for m in metrics if "eval_reward" in m]
+    before, after = evaluations[0], evaluations[-1]
+    for name in [name for name in after if name != "epoch"]:
+        print(f"held-out {name.removeprefix('eval_')}: {before[name]:.3f} before, {after[name]:.3f} after")
+    print(f"({len(run.eval_records)} prompts, {EVAL_STEPS} ODE steps.) The weights, images and curve are in {out}")
+
+
+# ---- Files.
+
+
+@contextmanager
+def atomic(path: Path):
+    """Write under another name, then rename: whenever the power goes, `path` is the old file or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.new")  # no name that load_lora_weights would take for the weights
+    yield temporary
+    with open(temporary, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def identity(run: Run) -> dict:
+    """What must be the same for a checkpoint to be this run's: the settings but for MAY_CHANGE, and the prompts."""
+    settings = {n: v for n, v in dataclasses.asdict(run.config).items() if n not in MAY_CHANGE}
+    prompts = hashlib.sha256(json.dumps([run.train_records, run.eval_records]).encode()).hexdigest()
+    return settings | {"prompts": prompts, "device": run.pipe.device.type}
+
+
+def digest(state: str, tensors: dict[str, Tensor]) -> str:
+    h = hashlib.sha256(state.encode())
+    for name in sorted(tensors):
+        h.update(tensors[name].numpy().tobytes())
+    return h.hexdigest()
+
+
+def save(run: Run, out: Path) -> None:
+    """Write the checkpoint to go on from, and the averaged adapter in the format of diffusers."""
+    tensors = {}
+    for i, (p, average) in enumerate(zip(run.parameters, run.ema)):
+        for name, value in {"adapter": p.detach(), "ema": average, **run.optimizer.state[p]}.items():
+            tensors[f"{i}.{name}"] = value.cpu().contiguous()
+    state = json.dumps(
+        {"epoch": run.epoch, "updates": run.updates, "scaler": run.scaler.state_dict(), "settings": identity(run)}
+    )
+    with atomic(out / "checkpoint.safetensors") as path:
+        save_file(tensors, path, {"state": state, "sha256": digest(state, tensors)})
+    with averaged(run), atomic(out / "pytorch_lora_weights.safetensors") as path:
+        transformer = run.pipe.transformer
+        run.pipe.save_lora_weights(
+            path.parent,
+            weight_name=path.name,
+            transformer_lora_layers=get_peft_model_state_dict(transformer),
+            transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
+        )
+
+
+def restore(run: Run, path: Path) -> None:
+    """Load a checkpoint written by `save`; no pickled code is involved. Raises UserError if it is not this run's."""
+    try:
+        with safe_open(path, "pt") as f:
+            metadata, tensors = f.metadata(), {name: f.get_tensor(name) for name in f.keys()}
+        state = json.loads(metadata["state"])
+        if digest(metadata["state"], tensors) != metadata["sha256"]:
+            raise ValueError("its checksum is wrong")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
+        raise UserError(f"the checkpoint {path} is damaged ({e}): put back a copy of it, or start a new run")
+    for name, value in identity(run).items():
+        if state["settings"].get(name) != value:
+            raise UserError(
+                f"the checkpoint {path} was made with other settings ({name} was {state['settings'].get(name)}, now "
+                f"{value}): resume with the same ones, or start a new run with another --output-dir"
+            )
+    for i, (p, average) in enumerate(zip(run.parameters, run.ema)):
+        own = {name.split(".", 1)[1]: t.to(p.device) for name, t in tensors.items() if name.startswith(f"{i}.")}
+        p.data.copy_(own.pop("adapter"))
+        average.copy_(own.pop("ema"))
+        if own:  # the optimiser has begun
+            run.optimizer.state[p] = {name: t.cpu() if name == "step" else t for name, t in own.items()}
+    run.scaler.load_state_dict(state["scaler"])
+    run.epoch, run.updates = state["epoch"], state["updates"]
+
+
+def read_metrics(path: Path, epoch: int) -> list[dict]:
+    """The lines up to a checkpoint's epoch; a last line cut short is dropped."""
+    metrics = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            metrics.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return [m for m in metrics if m["epoch"] <= epoch]
+
+
+def write_grid(images: Tensor, path: Path) -> None:
+    """Images [B, 3, H, W] as a PNG, four in a row, small ones enlarged."""
+    zoom = max(1, 128 // images.shape[-1])
+    with atomic(path) as temporary:
+        save_image(F.interpolate(images, scale_factor=zoom), temporary, format="png", nrow=4, padding=0)
+
+
+def write_curve(metrics: list[dict], path: Path) -> None:
+    """The rewards of the rollouts and of the evaluations, by epoch."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, label, style in [
+        ("reward", "rollouts: reward (10 SDE steps)", "-"),
+        ("eval_reward", "held out: reward (40 ODE steps)", "o-"),
+        ("eval_accuracy", "held out: accuracy (40 ODE steps)", "s-"),
+    ]:
+        points = [(m["epoch"], m[name]) for m in metrics if name in m]
+        if points:
+            axes.plot(*zip(*points), style, label=label)
+    axes.set(xlabel="epoch")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+# ---- Command line.
+
+# What --resume lets one change: the rest, and the prompts themselves, must be as they were.
+MAY_CHANGE = {"prompt_file", "eval_prompt_file", "output_dir", "epochs", "batch_size", "eval_every"}
+
+
+def configure(argv: list[str] | None) -> tuple[Config, Path, bool]:
+    """The settings (flags over a resumed run's config.json over the defaults), the run's folder, and whether to resume."""
+    parser = argparse.ArgumentParser(
+        description="Fine-tune Stable Diffusion 3.5 Medium by online reinforcement learning (Flow-GRPO).",
+        argument_default=argparse.SUPPRESS,
+    )
+    for field in dataclasses.fields(Config):
+        text = field.metadata["help"]
+        if field.default is not None:
+            laptop = f"; {LAPTOP[field.name]} with tiny-sd3" if field.name in LAPTOP else ""
+            text += f" (default {field.default}{laptop})"
+        kind = str if field.default is None else type(field.default)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, help=text)
+    parser.add_argument("--resume", nargs="?", const="", metavar="DIR", help="go on with the run in DIR or --output-dir")
+    given = vars(parser.parse_args(argv))
+
+    resume = "resume" in given
+    folder = given.pop("resume", "") or given.get("output_dir")
+    if resume and not folder:
+        raise UserError("--resume needs the folder of a run, as in --resume runs/20260101-120000")
+    out = Path(folder or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+    given["output_dir"] = str(out)
+
+    if resume and (out / "config.json").exists():
+        try:
+            stored = dataclasses.asdict(Config(**json.loads((out / "config.json").read_text(encoding="utf-8"))))
+        except (ValueError, TypeError) as e:
+            raise UserError(f"{out / 'config.json'} is damaged ({e}): put back a copy of it, or start a new run")
+        for name, value in given.items():
+            if name not in MAY_CHANGE and value != stored[name]:
+                raise UserError(
+                    f"the run in {out} was made with other settings ({name} was {stored[name]}, now {value}): leave the "
+                    "flag out to resume it, or start a new run with another --output-dir"
+                )
+        print(f"Resuming the run in {out}.", flush=True)
+        return Config(**stored | given), out, True
+    if not resume and any((out / name).exists() for name in ("config.json", "checkpoint.safetensors", "metrics.jsonl")):
+        raise UserError(f"{out} holds another run: give another --output-dir, or go on with it by --resume {out}")
+    if resume and "prompt_file" not in given:
+        raise UserError(f"{out} holds no run to resume: check the path")
+    if "prompt_file" not in given:
+        raise UserError("no prompts: give a file with --prompt-file, for example prompts.txt")
+    if "model" not in given and torch.cuda.is_available():
+        given["model"] = SD35
+        print(f"Training {SD35} on {torch.cuda.get_device_name()}.", flush=True)
+    elif "model" not in given:
+        given["model"] = str(TINY)
+        print("No CUDA GPU was found, so this trains the embedded tiny-sd3, not Stable Diffusion 3.5 Medium.", flush=True)
+    embedded = Path(given["model"]).resolve() == TINY
+    return Config(**(LAPTOP if embedded else {}) | given), out, resume
+
+
+def main(argv: list[str] | None = None) -> int:
+    config, hint = None, ""
+    try:
+        config, out, resume = configure(argv)
+        run = prepare(config)
+        if resume and (out / "checkpoint.safetensors").exists():
+            restore(run, out / "checkpoint.safetensors")
+            save(run, out)  # the weights may be an epoch behind the checkpoint
+        print("\n".join(f"  {name:20} {value}" for name, value in dataclasses.asdict(config).items()), flush=True)
+        hint = f"; then go on with: python flow_grpo.py --resume {out}"
+        train(run, out, resume)
+        return 0
+    except KeyboardInterrupt:
+        error, code = "interrupted, nothing is lost", 130
+    except UserError as e:
+        error, code = str(e), 2
+    except (OSError, SafetensorError) as e:
+        error, code = f"can't read or write a file ({e}): see to the disk and the permissions", 2
+    except (RuntimeError, MemoryError) as e:
+        if not out_of_memory(e):
+            raise
+        error, code = f"out of memory: lower --batch-size (now {config.batch_size}), or draw smaller images", 2
+    print(f"error: {error}{hint}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,766 @@
+"""Tests of flow_grpo.py: no network, no GPU; a few minutes on 2 cores."""
+
+import json
+import math
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from huggingface_hub.errors import GatedRepoError
+from matplotlib import font_manager
+from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file
+from torch.distributions import Normal, kl_divergence
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+import flow_grpo
+from flow_grpo import gaussian_kl, group_advantages, grpo_loss, sde_step
+
+HERE = Path(__file__).resolve().parent
+SIGMAS10 = [1, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089, 0]  # published, shift 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The SDE step.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def latents(seed: int, batch: int = 3):
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randn(batch, 4, 5, 6, generator=g) for _ in range(3))
+
+
+@pytest.mark.parametrize("step", range(10))
+@pytest.mark.parametrize("noise_level", [0.3, 0.7, 1.2])
+def test_sde_step_is_the_papers_gaussian(step, noise_level):
+    v, x, x_next = latents(step)
+    t, t_next = SIGMAS10[step], SIGMAS10[step + 1]
+    sigma = noise_level * math.sqrt(t / (1 - (t if t < 1 else t_next)))
+    v64, x64 = v.double(), x.double()
+    mean = x64 + (v64 + sigma**2 / (2 * t) * (x64 + (1 - t) * v64)) * (t_next - t)
+    policy = Normal(mean, torch.full_like(mean, sigma * math.sqrt(t - t_next)))
+    got_next, log_prob, got_mean, std = sde_step(v, x, t, t_next, noise_level, x_next)
+    assert torch.equal(got_next, x_next)
+    assert torch.allclose(got_mean.double(), mean, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(std.double().expand_as(mean), policy.stddev, rtol=1e-5)
+    assert torch.allclose(log_prob.double(), policy.log_prob(x_next.double()).mean((1, 2, 3)), rtol=1e-4)
+
+
+def test_sde_step_takes_a_time_for_each_image():
+    v, x, x_next = latents(0)
+    t, t_next = torch.tensor([1.0, 0.6, 0.3]), torch.tensor([0.9, 0.5, 0.0])
+    together = sde_step(v, x, t, t_next, 0.7, x_next)
+    for i in range(3):
+        alone = sde_step(v[i : i + 1], x[i : i + 1], t[i].item(), t_next[i].item(), 0.7, x_next[i : i + 1])
+        for a, b in zip(together, alone):
+            assert torch.allclose(a[i : i + 1], b, rtol=1e-5, atol=1e-6)
+
+
+def test_sde_step_draws_what_it_scores():
+    v, x, _ = latents(0, batch=400)
+    x_next, log_prob, mean, std = sde_step(v, x, 0.6, 0.5, 0.7, generator=torch.Generator().manual_seed(1))
+    again = sde_step(v, x, 0.6, 0.5, 0.7, generator=torch.Generator().manual_seed(1))[0]
+    assert torch.equal(x_next, again)
+    z = (x_next - mean) / std
+    assert abs(z.mean()) < 5 / math.sqrt(z.numel()) and abs(z.std() - 1) < 5 / math.sqrt(2 * z.numel())
+    assert torch.equal(log_prob, sde_step(v, x, 0.6, 0.5, 0.7, x_next)[1])
+
+
+def test_sde_step_computes_in_float32_and_differentiates_in_velocity():
+    v, x, x_next = latents(0)
+    for result in sde_step(v.half(), x.bfloat16(), 0.6, 0.5, 0.7, x_next.half()):
+        assert result.dtype == torch.float32
+    v.requires_grad_()
+    _, log_prob, mean, std = sde_step(v, x, 0.6, 0.5, 0.7, x_next)
+    log_prob.sum().backward()
+    sigma = 0.7 * math.sqrt(0.6 / 0.4)  # d mean / d v = dt (1 + sigma^2 (1 - t) / 2t)
+    slope = -0.1 * (1 + sigma**2 * 0.4 / 1.2)
+    expected = (x_next - mean.detach()) / std**2 * slope / v[0].numel()
+    assert torch.allclose(v.grad, expected, rtol=1e-4, atol=1e-7)
+    v.grad = None
+    sde_step(v, x, 0.6, 0.5, 0.7, generator=torch.Generator().manual_seed(0))[1].sum().backward()
+    assert v.grad.abs().sum() > 0  # the drawn sample is data: the score function is not cancelled by it
+
+
+def test_noise_level_zero_is_the_schedulers_euler_step():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    times = flow_grpo.sigmas(scheduler, 10)
+    assert times == pytest.approx(SIGMAS10, abs=5e-5)
+    v, x, x_given = latents(0)
+    for t, t_next, timestep in zip(times, times[1:], scheduler.timesteps):
+        expected = scheduler.step(v, timestep, x, return_dict=False)[0]
+        x_next, log_prob, mean, std = sde_step(v, x, t, t_next, 0.0)
+        assert torch.allclose(x_next, expected, atol=1e-6) and torch.equal(x_next, mean)
+        assert not std.any() and log_prob.shape == (3,) and log_prob.isfinite().all()
+        x = x_next
+    assert sde_step(v, x, 0.5, 0.4, 0.0, x_given)[1].isfinite().all()
+
+
+@pytest.mark.parametrize("noise_level", [0.0, 0.3, 0.7, 1.0])
+def test_sde_keeps_the_flows_marginals(noise_level):
+    """Data N(m, s^2) has a known velocity; x_t must be N((1-t) m, (1-t)^2 s^2 + t^2) whatever the noise."""
+    m, s, steps, n = 1.5, 0.4, 400, 60_000
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 1, 1, 1, generator=g)
+    for k in range(steps):
+        t, t_next = 1 - k / steps, 1 - (k + 1) / steps
+        variance = (1 - t) ** 2 * s**2 + t**2
+        centred = x - (1 - t) * m
+        v = t / variance * centred - (m + (1 - t) * s**2 / variance * centred)  # E[x_1 - x_0 | x_t]
+        x = sde_step(v, x, t, t_next, noise_level, generator=g)[0]
+        if k + 1 in (steps // 2, steps * 3 // 4, steps):
+            mean, std = (1 - t_next) * m, math.sqrt((1 - t_next) ** 2 * s**2 + t_next**2)
+            # 5 standard errors, and the discretisation error of 400 steps
+            assert abs(x.mean() - mean) < 5 * std / math.sqrt(n) + 0.005
+            assert abs(x.std() - std) < 5 * std / math.sqrt(2 * n) + 0.01
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Advantages, KL, loss.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_group_advantages():
+    rewards = torch.tensor([[0.0, 1.0, 0.5, 0.5], [0.9, 0.7, 0.8, 0.8], [1 / 3] * 4])
+    r = rewards.double()
+    centred = r - r.mean(1, keepdim=True)
+    assert torch.allclose(group_advantages(rewards).double(), centred / (r.std(correction=0) + 1e-4), atol=1e-6)
+    own = centred / (r.std(1, correction=0, keepdim=True) + 1e-4)
+    assert torch.allclose(group_advantages(rewards, global_std=False).double(), own, atol=1e-6)
+    assert torch.equal(group_advantages(rewards)[2], torch.zeros(4))
+    assert torch.equal(group_advantages(torch.full((5, 7), 0.1), global_std=False), torch.zeros(5, 7))
+    outlier = torch.tensor([[0.0] * 99 + [1.0]])
+    assert group_advantages(outlier, clip=5.0).max() == 5 and group_advantages(-outlier, clip=2.0).min() == -2
+
+
+def test_gaussian_kl():
+    mean, ref_mean, _ = latents(0)
+    std = torch.tensor([0.1, 0.5, 2.0]).view(3, 1, 1, 1)
+    p, q = (Normal(m.double(), std.double().expand_as(m)) for m in (mean, ref_mean))
+    assert torch.allclose(gaussian_kl(mean, ref_mean, std).double(), kl_divergence(p, q).mean((1, 2, 3)), rtol=1e-5)
+
+
+def test_gaussian_kl_of_two_steps_is_the_papers_closed_form():
+    v, x, v_ref = latents(0)
+    t, t_next, a = 0.6, 0.45, 0.7
+    _, _, mean, std = sde_step(v, x, t, t_next, a)
+    _, _, ref_mean, _ = sde_step(v_ref, x, t, t_next, a)
+    sigma = a * math.sqrt(t / (1 - t))
+    paper = (t - t_next) / 2 * (sigma * (1 - t) / (2 * t) + 1 / sigma) ** 2 * ((v - v_ref) ** 2).mean((1, 2, 3))
+    assert torch.allclose(gaussian_kl(mean, ref_mean, std), paper, rtol=1e-4)
+
+
+@pytest.mark.parametrize("log_ratio", [-0.2, -0.05, 0.05, 0.2])
+@pytest.mark.parametrize("advantage", [-2.0, 2.0])
+def test_gradient_of_the_loss_on_both_sides_of_the_clip(log_ratio, advantage):
+    old = torch.tensor([0.3])
+    log_prob = (old + log_ratio).requires_grad_()
+    loss, stats = grpo_loss(log_prob, old, torch.tensor([advantage]), torch.zeros(1), 0.1, 0.0)
+    loss.backward()
+    ratio = math.exp(log_ratio)
+    improved = (log_ratio > 0) == (advantage > 0)  # the ratio has moved the way the advantage asks
+    clipped = improved and abs(ratio - 1) > 0.1
+    assert log_prob.grad.item() == pytest.approx(0.0 if clipped else -advantage * ratio, rel=1e-5)
+    expected = -advantage * (min(max(ratio, 0.9), 1.1) if clipped else ratio)
+    assert loss.item() == pytest.approx(expected, rel=1e-5) and stats["policy_loss"].item() == loss.item()
+
+
+def test_loss_averages_and_reports():
+    log_prob, old = torch.tensor([0.0, 0.3, -0.3]), torch.zeros(3)
+    kl = torch.tensor([1.0, 2.0, 6.0], requires_grad=True)
+    loss, stats = grpo_loss(log_prob, old, torch.tensor([1.0, 1.0, -1.0]), kl, 0.2, 0.5)
+    ratios = log_prob.exp()
+    policy = (-1 - 1.2 + 0.8) / 3
+    assert loss.item() == pytest.approx(policy + 0.5 * 3)
+    assert stats["ratio_mean"].item() == pytest.approx(ratios.mean().item())
+    assert stats["clipfrac"].item() == pytest.approx(2 / 3)
+    assert stats["approx_kl"].item() == pytest.approx(0.5 * 0.18 / 3)
+    assert stats["policy_loss"].item() == pytest.approx(policy) and stats["kl"].item() == 3
+    loss.backward()
+    assert torch.allclose(kl.grad, torch.full((3,), 0.5 / 3)) and not any(s.requires_grad for s in stats.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models: small random ones in the hub's format, with and without T5.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_random_pipeline(folder: Path, t5: bool) -> None:
+    torch.manual_seed(0)
+    words = ["<|startoftext|>", "<|endoftext|>", *map(chr, range(33, 127)), *(chr(c) + "</w>" for c in range(33, 127))]
+    tokenizer = CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=12)
+    clip = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=12, projection_dim=16, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    encoders = [CLIPTextModelWithProjection(clip).eval() for _ in range(2)]
+    for encoder in encoders:
+        torch.nn.init.normal_(encoder.text_model.embeddings.token_embedding.weight)
+    encoder_3 = tokenizer_3 = None
+    if t5:
+        tokenizer_3 = T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0)], extra_ids=0)
+        encoder_3 = T5EncoderModel(
+            T5Config(vocab_size=4, d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        ).eval()
+    pipe = StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+            num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32,
+            pos_embed_max_size=8, qk_norm="rms_norm", dual_attention_layers=(0,),
+        ),
+        vae=AutoencoderKL(
+            block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, norm_num_groups=4, latent_channels=4,
+            shift_factor=0.1, scaling_factor=1.2, use_quant_conv=False, use_post_quant_conv=False,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=encoders[0], tokenizer=tokenizer, text_encoder_2=encoders[1], tokenizer_2=tokenizer,
+        text_encoder_3=encoder_3, tokenizer_3=tokenizer_3,
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session", params=[True, False], ids=["with-T5", "without-T5"])
+def any_model(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_random_pipeline(folder, request.param)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_random_pipeline(folder, True)
+    return folder
+
+
+REWARDS = """
+import torch
+
+def red(images, prompts, metadata):
+    assert images.shape[1:] == (3, 16, 16) and len(images) == len(prompts) == len(metadata)
+    assert 0 <= images.min() and images.max() <= 1 and all(m["prompt"] == p for m, p in zip(metadata, prompts))
+    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
+
+def constant(images, prompts, metadata):
+    return [0.5] * len(prompts)
+
+def nan(images, prompts, metadata):
+    return torch.tensor([1.0] * (len(prompts) - 1) + [float("nan")])
+
+def short(images, prompts, metadata):
+    return torch.zeros(len(prompts) - 1)
+
+def broken(images, prompts, metadata):
+    raise RuntimeError("the judge is ill")
+
+number = 3
+"""
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A folder with prompts and rewards, as the current one; evaluations of 4 steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(flow_grpo, "EVAL_STEPS", 4)
+    Path("rewards.py").write_text(REWARDS)
+    Path("prompts.txt").write_text("".join(f'a "{i}"\n' for i in range(8)))
+    return tmp_path
+
+
+def arguments(model, out="out", reward="rewards.py:red", **flags):
+    flags = {
+        "prompt-file": "prompts.txt", "model": model, "reward": reward, "output-dir": out, "epochs": 3,
+        "prompts-per-epoch": 2, "group-size": 4, "batch-size": 3, "guidance-scale": 2, "height": 16, "width": 16,
+        "max-sequence-length": 5, "learning-rate": 1e-2, "eval-every": 2, "lora-rank": 4, "ema-interval": 1,
+    } | {name.replace("_", "-"): value for name, value in flags.items()}  # fmt: skip
+    return [str(part) for name, value in flags.items() if value is not None for part in (f"--{name}", value)]
+
+
+def prepare(args):
+    return flow_grpo.prepare(flow_grpo.configure(args)[0])
+
+
+def metrics(out="out"):
+    return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+
+
+def stock(model, **kwargs):
+    """The stock pipeline, as a user of the library loads it."""
+    if json.loads((Path(model) / "model_index.json").read_text())["text_encoder_3"] == [None, None]:
+        kwargs |= {"text_encoder_3": None, "tokenizer_3": None}
+    pipe = StableDiffusion3Pipeline.from_pretrained(model, **kwargs)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def stock_images(pipe, run, prompts, steps, guidance):
+    generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    c = run.config
+    return pipe(
+        prompts, height=c.height, width=c.width, num_inference_steps=steps, guidance_scale=guidance,
+        max_sequence_length=c.max_sequence_length, generator=generators, output_type="pt",
+    ).images  # fmt: skip
+
+
+@pytest.mark.parametrize("guidance", [1, 3.5])
+def test_evaluation_draws_what_the_stock_pipeline_draws(any_model, work, guidance):
+    run = prepare(arguments(any_model, guidance_scale=guidance))
+    prompts = [r["prompt"] for r in run.eval_records]
+    _, images = flow_grpo.evaluate(run)
+    expected = stock_images(stock(any_model), run, prompts, 4, guidance)
+    assert torch.allclose(images, expected, atol=1e-4) and images.std() > 0.01
+    assert run.pipe.text_encoder is run.pipe.text_encoder_3 is None  # freed
+
+
+def test_unconditional_velocity_is_a_constant_without_a_graph(model, work):
+    run = prepare(arguments(model))
+    transformer = run.pipe.transformer
+    torch.manual_seed(0)
+    for p in run.parameters:
+        p.data.normal_(std=0.1)
+    modes = []
+    transformer.register_forward_pre_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+    x, text = torch.randn(2, *run.latent_shape), run.text(run.eval_records[:2])
+    guided = flow_grpo.velocity(transformer, x, 0.6, text, run.null_text, 3.0)
+    got = torch.autograd.grad((guided**2).sum(), run.parameters)
+    assert modes == [True, False]
+    plain = flow_grpo.velocity(transformer, x, 0.6, text, run.null_text, 1)
+    expected = torch.autograd.grad((plain * 3 * 2 * guided.detach()).sum(), run.parameters)
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(got, expected))
+    assert modes == [True, False, True] and guided.dtype == torch.float32
+
+
+def test_first_update_has_ratios_of_one_and_trains_the_adapter_alone(any_model, work):
+    run = prepare(arguments(any_model, beta=0.1, batch_size=4))
+    transformer = run.pipe.transformer
+    base = {n: p.clone() for n, p in transformer.named_parameters() if "lora" not in n}
+    adapter = [p.detach().clone() for p in run.parameters]
+    assert {n for n, p in transformer.named_parameters() if p.requires_grad}.isdisjoint(base)
+    projections = [n for n, p in transformer.named_parameters() if "lora_A" in n]
+    assert len(projections) == 8 + 7 + 4  # the last block has no to_add_out; the first has a second attention
+    generator = torch.Generator().manual_seed(0)
+    samples, _ = flow_grpo.collect(run, generator)
+    assert samples.latents.shape == (8, 11, 4, 8, 8) and samples.log_probs.shape == (8, 10)
+    stats = flow_grpo.update(run, samples, generator)
+    assert stats["ratio_deviation"] < 1e-5 and stats["trained"] == 1
+    assert stats["kl"] > 0  # from the second update on, the policy has left the reference
+    assert any(not torch.equal(a, p) for a, p in zip(adapter, run.parameters))
+    assert all(torch.equal(base[n], p) for n, p in transformer.named_parameters() if n in base)
+    assert flow_grpo.update(run, samples, torch.Generator())["ratio_deviation"] > 1e-4  # by now off-policy: it can fail
+    assert run.updates == 4
+
+
+def test_reference_is_the_base_model(model, work):
+    run = prepare(arguments(model))
+    text, x = run.text(run.eval_records[:2]), torch.randn(2, *run.latent_shape)
+
+    def v():
+        with torch.no_grad():
+            return flow_grpo.velocity(run.pipe.transformer, x, 0.5, text, run.null_text, 2.0)
+
+    before = v()
+    for p in run.parameters:
+        p.data += 0.1
+    assert not torch.allclose(v(), before, atol=1e-3)
+    with flow_grpo.reference(run.pipe.transformer):
+        assert torch.equal(v(), before)
+    assert not torch.allclose(v(), before, atol=1e-3)
+
+
+def test_update_moves_log_probs_with_the_advantages(model, work):
+    """One step raises the likelihood of what was better than its group and lowers that of what was worse."""
+    run = prepare(arguments(model, updates_per_epoch=1, learning_rate=1e-4, guidance_scale=1, clip_range=1))
+    samples, _ = flow_grpo.collect(run, torch.Generator().manual_seed(0))
+    flow_grpo.update(run, samples, torch.Generator().manual_seed(0))
+    advantages = group_advantages(samples.rewards.view(2, 4)).flatten()
+    times, gain = flow_grpo.sigmas(run.pipe.scheduler, 10), 0.0
+    with torch.no_grad():
+        for k in range(9):
+            x, x_next = samples.latents[:, k], samples.latents[:, k + 1]
+            v = flow_grpo.velocity(run.pipe.transformer, x, times[k], run.text(samples.records), run.null_text, 1)
+            log_prob = sde_step(v, x, times[k], times[k + 1], 0.7, x_next)[1]
+            gain += (advantages * (log_prob - samples.log_probs[:, k])).sum().item()
+    assert gain > 0
+
+
+def test_samples_without_advantage_are_not_updated(model, work):
+    run = prepare(arguments(model, reward="rewards.py:constant"))
+    samples, _ = flow_grpo.collect(run, torch.Generator().manual_seed(0))
+    calls = []
+    run.pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert flow_grpo.update(run, samples, torch.Generator())["trained"] == 0
+    assert not calls and run.updates == 0
+    samples.rewards[:3] = torch.tensor([0.1, 0.2, 0.3])  # one group of two now differs
+    stats = flow_grpo.update(run, samples, torch.Generator())
+    assert stats["trained"] == 0.5 and len(calls) == 2 * 9 * 2  # micro-batches of 2, 9 steps, with and without text
+
+
+def test_half_precision_base_keeps_the_adapter_in_float32(model, work):
+    run = prepare(arguments(model))
+    config, pipe = run.config, flow_grpo.load_pipeline(run.config, torch.float16)
+    parameters = flow_grpo.add_adapter(pipe.transformer, config)
+    assert {p.dtype for p in parameters} == {torch.float32}
+    assert {p.dtype for n, p in pipe.transformer.named_parameters() if "lora" not in n} == {torch.float16}
+    text = flow_grpo.Text(*(e.half() for e in run.text(run.eval_records[:2])))
+    v = flow_grpo.velocity(pipe.transformer, torch.randn(2, *run.latent_shape), 0.5, text, text, 1)
+    v.sum().backward()
+    assert v.dtype == torch.float32 and parameters[1].grad.dtype == torch.float32 and parameters[1].grad.abs().sum() > 0
+
+
+def test_loss_scaling_changes_nothing_but_the_range(model, work):
+    """Half precision on a GPU scales the loss; the scaler itself runs on the CPU, too."""
+    results = []
+    for scaler in (torch.amp.GradScaler("cpu", enabled=False), torch.amp.GradScaler("cpu")):
+        run = prepare(arguments(model))
+        run.scaler = scaler
+        samples, _ = flow_grpo.collect(run, torch.Generator().manual_seed(0))
+        flow_grpo.update(run, samples, torch.Generator().manual_seed(0))
+        results.append([p.detach().clone() for p in run.parameters])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results))
+    Path("scaled").mkdir()
+    scaler._scale.fill_(8.0)
+    flow_grpo.save(run, Path("scaled"))
+    fresh = prepare(arguments(model))
+    fresh.scaler = torch.amp.GradScaler("cpu")
+    flow_grpo.restore(fresh, Path("scaled/checkpoint.safetensors"))
+    assert fresh.scaler.state_dict()["scale"] == 8.0 and fresh.updates == run.updates == 2
+    samples.rewards[:] = torch.arange(8.0)
+    before = [p.detach().clone() for p in run.parameters]
+    samples.log_probs[:] = float("nan")  # the gradients overflow: both steps are skipped, and the scale halved
+    assert flow_grpo.update(run, samples, torch.Generator())["grad_norm"] == 0
+    assert scaler.get_scale() == 2.0 and all(torch.equal(a, b) for a, b in zip(before, run.parameters))
+
+
+def test_average_of_the_adapter(model, work):
+    run = prepare(arguments(model, ema_interval=2, updates_per_epoch=2))
+    start = [p.detach().clone() for p in run.parameters]
+    samples, _ = flow_grpo.collect(run, torch.Generator().manual_seed(0))
+    flow_grpo.update(run, samples, torch.Generator())
+    decay = 3 / 12  # min(.9, (1 + n) / (10 + n)) after n = 2 updates
+    for s, p, average in zip(start, run.parameters, run.ema):
+        assert torch.allclose(average, decay * s + (1 - decay) * p, atol=1e-6)
+    live = [p.detach().clone() for p in run.parameters]
+    with flow_grpo.averaged(run):
+        assert any(not torch.equal(p, s) for p, s in zip(run.parameters, live))
+    assert all(torch.equal(p, s) for p, s in zip(run.parameters, live))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_it_promises(any_model, work, capsys):
+    assert flow_grpo.main(arguments(any_model)) == 0
+    config = json.loads(Path("out/config.json").read_text())
+    assert config["group_size"] == 4 and config["beta"] == 0.04 and config["noise_level"] == 0.7
+    assert config["seed"] == 0 and config["prompt_file"] == "prompts.txt" and config["epochs"] == 3
+    lines = metrics()
+    assert [m["epoch"] for m in lines if "eval_reward" in m] == [0, 2, 3]
+    assert [m["epoch"] for m in lines if "reward" in m] == [1, 2, 3]
+    assert all(m["ratio_deviation"] < 1e-5 and m["kl"] > 0 and m["grad_norm"] > 0 for m in lines if "reward" in m)
+    printed = capsys.readouterr().out
+    first, last = lines[0]["eval_reward"], lines[-1]["eval_reward"]
+    assert f"{first:.3f} before, {last:.3f} after" in printed and "group_size" in printed
+    assert sorted(p.name for p in Path("out/samples").iterdir()) == [f"epoch_0000{i}.png" for i in (0, 2, 3)]
+    Image.open("out/curve.png").verify()
+    assert any("tfevents" in p.name for p in Path("out/tensorboard").iterdir())
+    assert not [p for p in Path("out").rglob("*") if p.name.startswith(".")]
+
+
+def test_lora_file_in_a_stock_pipeline_gives_the_runs_own_images(any_model, work):
+    assert flow_grpo.main(arguments(any_model, epochs=2)) == 0
+    Path("out/.pytorch_lora_weights.safetensors.new").write_bytes(b"cut short by a kill")
+    run = prepare(arguments(any_model, out="unused"))
+    pipe = stock(any_model)
+    prompts = [json.loads(line)["prompt"] for line in Path("out/eval_prompts.jsonl").read_text().splitlines()]
+    before = stock_images(pipe, run, prompts, 4, 2.0)
+    pipe.load_lora_weights("out")
+    after = stock_images(pipe, run, prompts, 4, 2.0)
+    assert not torch.allclose(before, after, atol=1e-2)
+    reward = (after[:, 0].mean((1, 2)) - after[:, 1:].mean((1, 2, 3))).mean().item()
+    assert reward == pytest.approx(metrics()[-1]["eval_reward"], abs=1e-4)
+    flow_grpo.write_grid(after, Path("stock.png"))
+    own, theirs = (torch.frombuffer(bytearray(Image.open(p).tobytes()), dtype=torch.uint8).float()
+                   for p in ("out/samples/epoch_00002.png", "stock.png"))  # fmt: skip
+    assert (own - theirs).abs().max() <= 1  # of 255
+
+
+def same_run(a, b):
+    for name in ("checkpoint.safetensors", "pytorch_lora_weights.safetensors"):
+        x, y = load_file(Path(a, name)), load_file(Path(b, name))
+        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+    strip = [[{k: v for k, v in m.items() if "seconds" not in k} for m in metrics(out)] for out in (a, b)]
+    assert strip[0] == strip[1]
+
+
+@pytest.mark.parametrize("where", ["collect", "update", "save_file", "evaluate", "write_curve"])
+@pytest.mark.parametrize("call", [1, 2])
+def test_interrupted_equals_uninterrupted(model, work, monkeypatch, capsys, where, call):
+    assert flow_grpo.main(arguments(model)) == 0
+    original, calls = getattr(flow_grpo, where), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(flow_grpo, where, interrupted)
+    assert flow_grpo.main(arguments(model, out="cut")) == 130
+    assert "interrupted" in capsys.readouterr().err.strip().splitlines()[-1]
+    monkeypatch.setattr(flow_grpo, where, original)
+    assert flow_grpo.main(["--resume", "cut"]) == 0
+    same_run("out", "cut")
+
+
+def test_killed_and_resumed_again_and_again(model, work):
+    """SIGKILL at random moments: the next --resume goes on, to the same weights."""
+    flags = arguments(model, epochs=6, eval_every=6)
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(HERE)!r}); import flow_grpo as f; "
+               "f.EVAL_STEPS = 4; sys.exit(f.main(sys.argv[1:]))"]  # fmt: skip
+    assert flow_grpo.main(flags) == 0
+    resumed, rng = arguments(model, out="cut", epochs=6, eval_every=6) + ["--resume"], random.Random(0)
+    for _ in range(3):
+        process = subprocess.Popen(command + resumed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.time() + 120
+        progress = Path("cut/metrics.jsonl")
+        lines = len(progress.read_text().splitlines()) if progress.exists() else 0
+        while time.time() < deadline and process.poll() is None:
+            if progress.exists() and len(progress.read_text().splitlines()) > lines:
+                break
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.3)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert subprocess.run(command + resumed, stdout=subprocess.DEVNULL).returncode == 0
+    same_run("out", "cut")
+
+
+def test_resume_can_prolong_a_run_but_not_change_it(model, work, capsys):
+    assert flow_grpo.main(arguments(model, epochs=2)) == 0
+    assert flow_grpo.main(["--resume", "out", "--epochs", "3", "--batch-size", "2"]) == 0
+    assert [m["epoch"] for m in metrics() if "reward" in m] == [1, 2, 3]
+    assert json.loads(Path("out/config.json").read_text())["epochs"] == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: one sentence, exit code 2, nothing lost.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def fails(args, capsys, *words):
+    capsys.readouterr()
+    assert flow_grpo.main([str(a) for a in args]) == 2
+    stderr = capsys.readouterr().err
+    error = stderr.strip().splitlines()[-1]
+    assert error.startswith("error: ") and all(word in error for word in words), error
+    assert stderr.count("error: ") == 1 and "Traceback" not in stderr
+
+
+BAD_FLAGS = [
+    ({"prompt_file": "none.txt"}, ["none.txt", "check the path"]),
+    ({"prompt_file": "empty.txt"}, ["empty.txt", "no prompts"]),
+    ({"prompt_file": "binary.txt"}, ["binary.txt", "not UTF-8 text"]),
+    ({"prompt_file": "zeros.txt"}, ["zeros.txt", "not UTF-8 text"]),
+    ({"prompt_file": "."}, ["prompt file .", "check the path"]),
+    ({"prompt_file": "unquoted.txt", "reward": "ocr"}, ["unquoted.txt, line 3", "double quotes"]),
+    ({"prompt_file": "broken.jsonl"}, ["broken.jsonl, line 2"]),
+    ({"prompt_file": None}, ["--prompt-file"]),
+    ({"reward": "beauty"}, ["unknown reward 'beauty'", "ocr", ".py:function"]),
+    ({"reward": "none.py:f"}, ["none.py", "does not exist"]),
+    ({"reward": "rewards.py:none"}, ["no function 'none'"]),
+    ({"reward": "rewards.py:number"}, ["no function 'number'"]),
+    ({"reward": "syntax.py:f"}, ["syntax.py", "SyntaxError"]),
+    ({"reward": "rewards.py:nan"}, ["nan", 'a "', "--resume out"]),
+    ({"reward": "rewards.py:short"}, ["short", "one number an image", "--resume out"]),
+    ({"reward": "rewards.py:broken"}, ["broken", "RuntimeError: the judge is ill", "--resume out"]),
+    ({"model": "no/folder"}, ["no/folder", "network"]),
+    ({"model": "/no/such/folder"}, ["/no/such/folder", "--model"]),
+    ({"model": "."}, ["the model .", "--model"]),
+    ({"height": 18}, ["--height is 18", "multiple of 4"]),
+    ({"width": 64}, ["--width is 64", "at most 32"]),
+    ({"group_size": 1}, ["--group-size is 1", "2 or more"]),
+    ({"epochs": 0}, ["--epochs is 0"]),
+    ({"learning_rate": "nan"}, ["--learning-rate is nan"]),
+    ({"noise_level": 0}, ["--noise-level is 0"]),
+    ({"guidance_scale": 0.5}, ["--guidance-scale is 0.5"]),
+    ({"max_sequence_length": 600}, ["--max-sequence-length is 600", "512"]),
+    ({"learning_rate": 1e30}, ["not finite", "--learning-rate"]),
+]
+
+
+@pytest.mark.parametrize("flags, words", BAD_FLAGS, ids=[str(flags) for flags, _ in BAD_FLAGS])
+def test_bad_input_is_one_sentence(model, work, capsys, monkeypatch, flags, words):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    Path("empty.txt").write_text(" \n\n")
+    Path("binary.txt").write_bytes(bytes(range(128, 256)))
+    Path("zeros.txt").write_bytes(b"a\0b\n")
+    Path("unquoted.txt").write_text('a "1"\n\na sign\n')
+    Path("broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    Path("syntax.py").write_text("def f(:\n")
+    fails(arguments(**{"model": model, **flags}), capsys, *words)
+
+
+def test_gated_model(model, work, capsys, monkeypatch):
+    def gated(*args, **kwargs):
+        try:
+            raise GatedRepoError("gated", response=Mock())
+        except GatedRepoError:
+            raise OSError("no access")  # as diffusers does
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "load_config", gated)
+    fails(arguments(flow_grpo.SD35), capsys, "gated", flow_grpo.SD35, "licence", "hf auth login")
+
+
+def test_out_of_memory(model, work, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(flow_grpo, "collect", full)
+    fails(arguments(model), capsys, "out of memory", "--batch-size (now 3)", "--resume out")
+
+
+def test_other_run_in_the_folder_and_nothing_lost(model, work, capsys):
+    assert flow_grpo.main(arguments(model, epochs=1)) == 0
+    before = {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}
+    fails(arguments(model), capsys, "out holds another run", "--output-dir", "--resume out")
+    fails(["--resume", "out", "--learning-rate", "3"], capsys, "other settings", "learning_rate", "0.01", "3.0")
+    Path("other.txt").write_text('a "9"\na "8"\n')
+    fails(["--resume", "out", "--prompt-file", "other.txt"], capsys, "other settings", "prompts")
+    fails(["--resume", "nowhere"], capsys, "nowhere holds no run")
+    config = json.loads(Path("out/config.json").read_text())
+    for text, word in [(json.dumps(config | {"seed": 5}), "seed"), ("{", "damaged"), ('{"x": 1}', "damaged")]:
+        Path("out/config.json").write_text(text)
+        fails(["--resume", "out"], capsys, word)
+    Path("out/config.json").write_text(json.dumps(config, indent=2) + "\n")
+    assert before == {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
+def test_damaged_checkpoint(model, work, capsys, damage):
+    assert flow_grpo.main(arguments(model, epochs=1)) == 0
+    path = Path("out/checkpoint.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes({"cut": data[: len(data) // 2], "flip": data, "empty": b""}[damage])
+    fails(["--resume", "out", "--epochs", "2"], capsys, "checkpoint.safetensors is damaged")
+    assert metrics()[-1]["epoch"] == 1
+
+
+def test_a_failing_reward_can_be_mended_and_resumed(model, work, capsys):
+    assert flow_grpo.main(arguments(model)) == 0
+    Path("own.py").write_text(REWARDS.replace("return images[:, 0]", "1 / 0; return images[:, 0]"))
+    fails(arguments(model, out="own", reward="own.py:red"), capsys, "ZeroDivisionError", "--resume own")
+    Path("own.py").write_text(REWARDS)
+    assert flow_grpo.main(["--resume", "own"]) == 0
+    x, y = (load_file(f"{out}/pytorch_lora_weights.safetensors") for out in ("out", "own"))
+    assert all(torch.equal(x[k], y[k]) for k in x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts and the OCR reward.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_split_and_drawn(work):
+    config = flow_grpo.Config(prompt_file="prompts.txt", reward="ocr", prompts_per_epoch=3)
+    train, held_out = flow_grpo.split_prompts(config)
+    names = [r["prompt"] for r in train + held_out]
+    assert len(train) == len(held_out) == 4 and sorted(names) == [f'a "{i}"' for i in range(8)]
+    drawn = [r["prompt"] for epoch in range(4) for r in flow_grpo.epoch_prompts(train, config, epoch)]
+    assert all(drawn.count(r["prompt"]) == 3 for r in train)  # 12 draws of 4 prompts, evenly
+    Path("eval.jsonl").write_text('\ufeff{"prompt": "b \\"x\\"", "tag": "t"}\r\n\r\n', encoding="utf-8")
+    config.eval_prompt_file = "eval.jsonl"
+    train, held_out = flow_grpo.split_prompts(config)
+    assert len(train) == 8 and held_out == [{"prompt": 'b "x"', "tag": "t"}]
+
+
+def write(lines, size, height):
+    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), height)
+    image = Image.new("RGB", size, (240, 230, 200))
+    for i, line in enumerate(lines):
+        ImageDraw.Draw(image).text((8, 8 + i * 1.6 * height), line, font=font, fill=(20, 20, 90))
+    data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return data.view(size[1], size[0], 3).permute(2, 0, 1).float() / 255
+
+
+def test_ocr_reward_reads_small_signs():
+    numbers = ["407", "83", "651", "902"]
+    images = torch.stack([write([n], (64, 32), 16) for n in numbers])
+    prompts = [f'a sign that says "{n}"' for n in numbers]
+    assert flow_grpo.ocr_reward(images, prompts, [{}] * 4).tolist() == [1, 1, 1, 1]
+    wrong = ['a "417"', 'a "7"', 'a “65”', 'a "118"']  # one of three; nothing alike; inside; nothing alike
+    assert flow_grpo.ocr_reward(images, wrong, [{}] * 4).tolist() == pytest.approx([2 / 3, 0, 1, 0])
+    assert flow_grpo.ocr_reward(torch.full((2, 3, 32, 64), 0.5), prompts[:2], [{}] * 2).tolist() == [0, 0]
+
+
+def test_ocr_reward_finds_words_in_large_images():
+    images = torch.stack([
+        write(["Grand Hotel", "OPEN"], (256, 192), 28), write(["coffee"], (256, 192), 40), torch.rand(3, 192, 256),
+    ])  # fmt: skip
+    prompts = ['a "grand hotel"', 'a cup with "COFFEES"', 'a "word"']
+    rewards = flow_grpo.ocr_reward(images, prompts, [{}] * 3)
+    assert rewards.tolist() == pytest.approx([1, 1 - 1 / 7, 0])
+    alone = [flow_grpo.ocr_reward(images[i : i + 1], prompts[i : i + 1], [{}]).item() for i in range(3)]
+    assert alone == rewards.tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The embedded model, and a real run of it.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_embedded_model_loads_plainly_and_draws_signs():
+    folder = HERE / "tiny-sd3"
+    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 8e6
+    pipe = stock(folder)
+    bare = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+    bare.set_progress_bar_config(disable=True)
+    prompts = (HERE / "prompts.txt").read_text().splitlines()[:64]
+
+    def draw(p, n, **kwargs):
+        return p(
+            prompts[:n], height=32, width=64, num_inference_steps=40, guidance_scale=1.0, output_type="pt",
+            generator=[torch.Generator().manual_seed(i) for i in range(n)], **kwargs,
+        ).images  # fmt: skip
+
+    images = draw(pipe, 64, max_sequence_length=1)
+    right = (flow_grpo.ocr_reward(images, prompts, [{}] * 64) == 1).float().mean()
+    assert 0.4 < right < 0.8  # about six in ten
+    assert torch.equal(images[:4], draw(bare, 64, max_sequence_length=1)[:4])
+
+
+def test_default_run_is_the_embedded_model_and_learns(tmp_path, monkeypatch, capsys):
+    """A short real run, through the command line, with the real reward: the held-out reward rises."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    shutil.copy(HERE / "prompts.txt", tmp_path)
+    assert flow_grpo.main(["--prompt-file", "prompts.txt", "--epochs", "8", "--output-dir", "out"]) == 0
+    first_line = capsys.readouterr().out.splitlines()[0]
+    assert "No CUDA GPU" in first_line and "tiny-sd3" in first_line
+    lines = metrics()
+    before, after = lines[0], lines[-1]
+    assert after["epoch"] == 8 and after["eval_reward"] > before["eval_reward"] + 0.02
+    assert after["eval_accuracy"] > before["eval_accuracy"]
