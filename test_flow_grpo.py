@@ -405,7 +405,7 @@ def test_update_moves_log_probs_with_the_advantages(model, work):
 
 
 def test_samples_without_advantage_are_not_updated(model, work):
-    run = prepare(arguments(model, reward="rewards.py:constant"))
+    run = prepare(arguments(model, reward="rewards.py:constant", beta=0))
     samples, _ = flow_grpo.collect(run, torch.Generator().manual_seed(0))
     calls = []
     run.pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
