@@ -367,6 +367,8 @@ def check(config: Config) -> None:
             raise UserError(f"{flag} is {value}: give {least[name]} or more")
         if name not in least and isinstance(value, (int, float)) and not value > 0:
             raise UserError(f"{flag} is {value}: give a number above 0")
+    if not 1 <= int(TRAIN_STEPS * config.timestep_fraction) <= TRAIN_STEPS:
+        raise UserError(f"--timestep-fraction is {config.timestep_fraction}: give {1 / TRAIN_STEPS} to 1")
     if config.max_sequence_length > 512:
         raise UserError(f"--max-sequence-length is {config.max_sequence_length}: SD3 takes 512 at most")
 

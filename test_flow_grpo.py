@@ -594,8 +594,8 @@ BAD_FLAGS = [
     ({"reward": "rewards.py:number"}, ["no function 'number'"]),
     ({"reward": "syntax.py:f"}, ["syntax.py", "SyntaxError"]),
     ({"reward": "rewards.py:nan"}, ["nan", 'a "', "--resume out"]),
-    ({"reward": "rewards.py:short"}, ["short", "one number an image", "--resume out"]),
-    ({"reward": "rewards.py:broken"}, ["broken", "RuntimeError: the judge is ill", "--resume out"]),
+    ({"reward": "rewards.py:short"}, ["short", "one number for each of 3 images", "--resume out"]),
+    ({"reward": "rewards.py:broken"}, ["broken", "RuntimeError (the judge is ill)", "--resume out"]),
     ({"model": "no/folder"}, ["no/folder", "network"]),
     ({"model": "/no/such/folder"}, ["/no/such/folder", "--model"]),
     ({"model": "."}, ["the model .", "--model"]),
@@ -606,6 +606,8 @@ BAD_FLAGS = [
     ({"learning_rate": "nan"}, ["--learning-rate is nan"]),
     ({"noise_level": 0}, ["--noise-level is 0"]),
     ({"guidance_scale": 0.5}, ["--guidance-scale is 0.5"]),
+    ({"timestep_fraction": 0.01}, ["--timestep-fraction is 0.01", "0.1 to 1"]),
+    ({"timestep_fraction": 1.2}, ["--timestep-fraction is 1.2"]),
     ({"max_sequence_length": 600}, ["--max-sequence-length is 600", "512"]),
     ({"learning_rate": 1e30}, ["not finite", "--learning-rate"]),
 ]
@@ -759,10 +761,10 @@ def test_default_run_is_the_embedded_model_and_learns(tmp_path, monkeypatch, cap
     shutil.copy(HERE / "prompts.txt", tmp_path)
     Path("eval.txt").write_text("".join((tmp_path / "prompts.txt").read_text().splitlines(True)[:128]))
     Path("train.txt").write_text("".join((tmp_path / "prompts.txt").read_text().splitlines(True)[128:]))
-    flags = ["--prompt-file", "train.txt", "--eval-prompt-file", "eval.txt", "--epochs", "20", "--output-dir", "out"]
+    flags = ["--prompt-file", "train.txt", "--eval-prompt-file", "eval.txt", "--epochs", "30", "--eval-every", "30", "--output-dir", "out"]
     assert flow_grpo.main(flags + ["--ema-interval", "1"]) == 0
     first_line = capsys.readouterr().out.splitlines()[0]
     assert "No CUDA GPU" in first_line and "tiny-sd3" in first_line
     lines = metrics()
     before, after = lines[0], lines[-1]
-    assert after["epoch"] == 20 and after["eval_reward"] > before["eval_reward"] + 0.01
+    assert after["epoch"] == 30 and after["eval_reward"] > before["eval_reward"] + 0.01
