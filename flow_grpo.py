@@ -340,7 +340,7 @@ class Config:
 # goes where is decided early: training the first half of the steps leaves out the late ones, whose larger gradients
 # drown this signal.
 LAPTOP = dict(
-    epochs=110,
+    epochs=180,
     prompts_per_epoch=12,
     group_size=16,
     batch_size=96,
@@ -354,7 +354,7 @@ LAPTOP = dict(
     height=32,
     width=64,
     max_sequence_length=1,
-    eval_every=55,
+    eval_every=60,
 )
 
 
