@@ -951,7 +951,7 @@ def main(argv: list[str] | None = None) -> int:
             restore(run, out / "checkpoint.safetensors")
             save(run, out)  # the weights may be an epoch behind the checkpoint
         print("\n".join(f"  {name:20} {value}" for name, value in dataclasses.asdict(config).items()), flush=True)
-        hint = f"; then go on with: python flow_grpo.py --resume {out}"
+        hint = f" (to go on: python flow_grpo.py --resume {out})"
         train(run, out, resume)
         return 0
     except KeyboardInterrupt:
