@@ -650,6 +650,7 @@ def update(run: Run, samples: Samples, generator: torch.Generator) -> dict[str, 
     """The epoch's optimiser steps, on the samples that have an advantage. Returns the mean statistics."""
     config, device, null_text = run.config, run.pipe.device, run.null_text
     all_times = sigmas(run.pipe.scheduler, TRAIN_STEPS)
+    # By default not the last step: at t = .0089 the policy is so narrow that rounding would dominate the ratio [C].
     trained_steps = range(int(TRAIN_STEPS * config.timestep_fraction))
     advantages = group_advantages(samples.rewards.view(-1, config.group_size)).flatten()
     kept = advantages.nonzero().flatten()  # a group of equal rewards teaches nothing: drop it before the work
