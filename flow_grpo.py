@@ -6,6 +6,7 @@ Fine-tunes Stable Diffusion 3.5 Medium with LoRA, or the small SD3 embedded in t
 
 [P] Liu et al., Flow-GRPO: Training Flow Matching Models via Online RL, arXiv 2505.05470.
 [C] The authors' code, yifan123/flow_grpo.
+[G] Ghosh et al., GenEval, arXiv 2310.11513, and its code, djghosh13/geneval.
 
 Shapes: B images in a batch, [C, H, W] a latent, T denoising steps, P prompts with G images each (the group).
 Times: t = 1 is noise and t = 0 the image, x_t = (1 - t) x_0 + t x_1, velocity = x_1 - x_0.
@@ -26,17 +27,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable, Iterable, NamedTuple, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusion3Pipeline
-from huggingface_hub.errors import (
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model_state_dict
 from rapidfuzz.distance import Levenshtein
@@ -44,6 +40,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torchvision.ops import masks_to_boxes
+from torchvision.transforms import functional as transforms
 from torchvision.utils import save_image
 from tqdm import tqdm
 
@@ -201,16 +199,33 @@ def decode(vae, latents: Tensor) -> Tensor:
     return (vae.decode(z, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
 
-# ---- Rewards: plain functions (images [B, 3, H, W] in 0..1, prompts [B], metadata [B]) -> rewards [B].
+# ---- Rewards: plain functions (images [B, 3, H, W] in 0..1, prompts [B], metadata [B] dicts) -> rewards [B].
+
+# Loaded once, if a reward needs them, in half precision on a GPU.
+DETECTOR = "facebook/mask2former-swin-small-coco-instance"
+DETECTOR_SIZE = {"shortest_edge": 800, "longest_edge": 1333}  # as in [G]
+CLIP, CLIP_WEIGHTS = "ViT-L-14-quickgelu", "openai"  # the activation that it was trained with
+PICKSCORE, PICKSCORE_PROCESSOR = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 class UserError(Exception):
     """Something the user can mend: shown as one sentence, without a traceback, with exit code 2."""
 
 
+def one_line(e: BaseException) -> str:
+    return " ".join(str(e).split())[:300]
+
+
+def device_and_dtype() -> tuple[str, torch.dtype]:
+    return ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
+
+
+QUOTED = r'["“]([^"“”]*\S[^"“”]*)["”]'
+
+
 def quoted_text(prompt: str) -> str:
     """The text that a prompt asks for: what stands between its first pair of double quotes."""
-    match = re.search(r'["“]([^"“”]*\S[^"“”]*)["”]', prompt)
+    match = re.search(QUOTED, prompt)
     if match is None:
         raise UserError(f'the ocr reward needs a text in double quotes, as in: a sign that says "407"; got: {prompt}')
     return match.group(1)
@@ -251,19 +266,308 @@ def ocr_reward(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tens
     return torch.tensor([score(prompt, lines) for prompt, lines in zip(prompts, readings)])
 
 
-REWARDS = {"ocr": ocr_reward}
+def from_hub(model: str, load: Callable, flag: str = "--reward"):
+    """Call `load`; if it fails, say why in one sentence, with the next step."""
+    try:
+        return load()
+    except Exception as error:  # the libraries raise many kinds
+        if out_of_memory(error):
+            raise
+        e, causes = error, set()
+        while e is not None:
+            causes |= {c.__name__ for c in type(e).__mro__}
+            e = e.__cause__ or e.__context__
+        summary = one_line(error)
+    if "GatedRepoError" in causes:
+        why = f"is gated: accept its licence at https://huggingface.co/{model}, then run `hf auth login` and start again"
+    elif "RepositoryNotFoundError" in causes:
+        why = f"is neither a folder nor on the hub: check {flag}, and run `hf auth login` if it is private"
+    elif re.search("LocalEntryNotFound|Connect|Offline|Timeout", " ".join(causes)):
+        why = f"is not on this machine, and the hub can't be reached: check {flag} and the network"
+    else:
+        why = f"can't be loaded ({summary}): check {flag}"
+    raise UserError(f"the model {model} {why}")
 
 
-def load_reward(name: str) -> Callable:
-    """A built-in reward by name, or the user's own as path/to/file.py:function."""
-    if name in REWARDS:
-        return REWARDS[name]
-    path, _, function = name.rpartition(":")
-    if not path.endswith(".py"):
-        raise UserError(f"unknown reward '{name}': choose {', '.join(REWARDS)}, or path/to/file.py:function")
+@functools.cache
+def pickscore_model():
+    from transformers import CLIPModel, CLIPProcessor
+
+    device, dtype = device_and_dtype()
+    model = from_hub(PICKSCORE, lambda: CLIPModel.from_pretrained(PICKSCORE, dtype=dtype))
+    processor = from_hub(PICKSCORE_PROCESSOR, lambda: CLIPProcessor.from_pretrained(PICKSCORE_PROCESSOR))
+    return model.to(device).eval(), processor
+
+
+@torch.no_grad()
+def pickscore_reward(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+    """Human preference: logit_scale * cos(text, image) of PickScore's CLIP, over 26 as in [C], to be near 0..1."""
+    model, processor = pickscore_model()
+    inputs = processor(
+        text=list(prompts), images=list(images), do_rescale=False,  # they are in 0..1 already
+        padding="max_length", truncation=True, max_length=77, return_tensors="pt",
+    ).to(model.device)  # fmt: skip
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    out = model(**inputs)
+    return model.logit_scale.float().exp() * (out.text_embeds.float() * out.image_embeds.float()).sum(1) / 26
+
+
+@functools.cache
+def clip_model():
+    import open_clip
+
+    device, dtype = device_and_dtype()
+    model = from_hub(f"{CLIP} ({CLIP_WEIGHTS})", lambda: open_clip.create_model(CLIP, CLIP_WEIGHTS, device=device))
+    return model.to(dtype).eval(), open_clip.get_tokenizer(CLIP)
+
+
+def clip_text(texts: list[str]) -> Tensor:
+    """Unit embeddings [N, D] of open_clip's text encoder."""
+    model, tokenizer = clip_model()
+    return F.normalize(model.encode_text(tokenizer(texts).to(device_and_dtype()[0])).float(), dim=1)
+
+
+def clip_images(images: Iterable[Tensor]) -> Tensor:
+    """Unit embeddings [N, D] of images [3, H, W] of any sizes: shorter side to the model's, centre crop, normalised."""
+    model, _ = clip_model()
+    settings = model.visual.preprocess_cfg
+    size = model.visual.image_size[0]
+
+    def fit(image: Tensor) -> Tensor:
+        image = transforms.resize(image, [size], transforms.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+        return transforms.normalize(transforms.center_crop(image, [size]), settings["mean"], settings["std"])
+
+    pixels = torch.stack([fit(image) for image in images]).to(*device_and_dtype())
+    return F.normalize(model.encode_image(pixels).float(), dim=1)
+
+
+@torch.no_grad()
+def clipscore_reward(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+    """The cosine of CLIP's image and text embeddings (ViT-L-14 by OpenAI)."""
+    return (clip_images(images) * clip_text(list(prompts))).sum(1)
+
+
+# COCO's 80 classes in the detector's order, by GenEval's names; after a slash, COCO's own where it differs.
+COCO = (
+    "person bicycle car motorcycle airplane bus train truck boat traffic_light fire_hydrant stop_sign parking_meter bench "
+    "bird cat dog horse sheep cow elephant bear zebra giraffe backpack umbrella handbag tie suitcase frisbee skis snowboard "
+    "sports_ball kite baseball_bat baseball_glove skateboard surfboard tennis_racket bottle wine_glass cup fork knife spoon "
+    "bowl banana apple sandwich orange broccoli carrot hot_dog pizza donut cake chair couch potted_plant bed dining_table "
+    "toilet tv laptop computer_mouse/mouse tv_remote/remote computer_keyboard/keyboard cell_phone microwave oven toaster "
+    "sink refrigerator book clock vase scissors teddy_bear hair_drier toothbrush"
+)
+COCO = [names.replace("_", " ").split("/") for names in COCO.split()]
+KNOWN = {name for names in COCO for name in names}
+COLORS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
+POSITIONS = ["left of", "right of", "above", "below"]
+
+
+def check_geneval(record: dict) -> None:
+    """Raises UserError if the record isn't one that `geneval_score` can judge."""
+    include, exclude = record.get("include"), record.get("exclude", [])
+    if not (isinstance(include, list) and include and isinstance(exclude, list)):
+        raise UserError('the geneval reward needs `include`, a list such as [{"class": "bench", "count": 1}]')
+    for i, clause in enumerate(include + exclude):
+        name = clause.get("class") if isinstance(clause, dict) else clause
+        if not isinstance(name, str) or name not in KNOWN:
+            raise UserError(f"the detector doesn't know the class {name!r}: use one of COCO's 80")
+        count, position = clause.get("count"), clause.get("position")
+        if not isinstance(count, int) or count < 1:
+            raise UserError(f"the count of {name} is {count!r}: give a whole number above 0")
+        if clause.get("color") not in [None, *COLORS]:
+            raise UserError(f"the color {clause['color']!r} can't be judged: use one of {', '.join(COLORS)}")
+        if position is not None and not (
+            isinstance(position, list) and [type(p) for p in position] == [str, int] and position[0] in POSITIONS and position[1] in [*range(i)]
+        ):
+            raise UserError(f"the position {position} can't be judged: give one of {POSITIONS} and an earlier clause")
+
+
+def relative_positions(box: Sequence[float], other: Sequence[float]) -> list[str]:
+    """Where `box` stands from `other` ([G]); boxes are (x0, y0, x1, y1), y downwards. Nearly concentric: nowhere."""
+    offset = [(box[a] + box[a + 2] - other[a] - other[a + 2]) / 2 for a in (0, 1)]
+    size = [abs(box[a + 2] - box[a]) + abs(other[a + 2] - other[a]) for a in (0, 1)]
+    rest = [math.copysign(max(abs(o) - 0.1 * s, 0), o) for o, s in zip(offset, size)]
+    if max(map(abs, rest)) < 1e-3:
+        return []
+    x, y = (r / math.hypot(*offset) for r in rest)
+    return [name for name, holds in zip(("left of", "right of", "above", "below"), (x < -0.5, x > 0.5, y < -0.5, y > 0.5)) if holds]
+
+
+def geneval_score(
+    record: dict,
+    boxes: dict[str, Sequence[Sequence[float]]],
+    color_of: Callable[[str, int], str] | None = None,
+) -> tuple[float, bool]:
+    """Judge an image by the objects found in it: GenEval's clauses ([G], evaluate_images.py), for training and for the record.
+
+    Args:
+        record: a line of a GenEval prompt file. `include` lists clauses with `class`, `count` and maybe `color` or
+            `position` (a relation and the index of an earlier clause); `exclude` lists classes with a count not to reach.
+        boxes: class -> its boxes (x0, y0, x1, y1), most confident first.
+        color_of: (class, index of a box) -> colour; asked only about the boxes that a colour clause judges.
+    Returns:
+        score, the training reward of [P]: each clause gives 1 - |found - count| / count, 0 at the least, and for a colour or
+            position a second part, which is 0 unless the count is exactly right: the fraction of objects in the colour, or
+            1 if all stand as asked to those of a clause that holds as exactly. The mean over the parts.
+        correct, the verdict of the benchmark: each clause holds for the `count` most confident objects, and no `exclude`
+            count is reached.
+    They differ on purpose. The score is graded, so that a group of images differs before any is right, and it counts
+    objects too many, which the benchmark lets pass unless a clause excludes them: a policy would fill its images with them.
+    """
+    parts, correct = [], True
+    exact, enough = [], []  # for each clause, the objects that hold by the score's rule and by the benchmark's, or nothing
+    for clause in record.get("include", []):
+        name, count = clause["class"], clause["count"]
+        found = boxes.get(name, [])
+        judged = [tuple(box) for box in found[:count]]
+        holds, is_exact = len(found) >= count, len(found) == count
+        parts.append(max(0.0, 1 - abs(len(found) - count) / count))
+        right = count
+        if clause.get("color"):
+            right = sum(color_of(name, i) == clause["color"] for i in range(count)) if holds else 0
+            parts.append(right / count if is_exact else 0.0)
+        exact.append(judged if is_exact and right == count else None)
+        enough.append(judged if holds and right == count else None)
+        if clause.get("position"):
+            relation, target = clause["position"]
+            for groups in (exact, enough):
+                others = groups[target]
+                stands = groups[-1] and others and all(
+                    relation in relative_positions(a, b) for a in groups[-1] for b in others
+                )  # fmt: skip
+                groups[-1] = groups[-1] if stands else None
+            parts.append(float(exact[-1] is not None))
+        correct = correct and enough[-1] is not None
+    excluded = any(len(boxes.get(c["class"], [])) >= c["count"] for c in record.get("exclude", []))
+    return sum(parts) / max(len(parts), 1), correct and not excluded
+
+
+@functools.cache
+def detector():
+    from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
+
+    device, dtype = device_and_dtype()
+    model = from_hub(DETECTOR, lambda: Mask2FormerForUniversalSegmentation.from_pretrained(DETECTOR, dtype=dtype))
+    processor = from_hub(DETECTOR, lambda: AutoImageProcessor.from_pretrained(DETECTOR, size=DETECTOR_SIZE))
+    return model.to(device).eval(), processor
+
+
+def detect(images: Tensor, records: list[dict]) -> list[dict[str, tuple[Tensor, Tensor]]]:
+    """Per image: class -> boxes [N, 4] and masks [N, H, W] of at most 16 objects, most confident first, as in [G].
+
+    Scores, masks and boxes are worked out from the network's output as mmdet does; the processor of transformers would
+    round the masks to a grid of 384 pixels.
+    """
+    model, processor = detector()
+    pixels = processor(list(images), do_rescale=False, return_tensors="pt")["pixel_values"]
+    out = model(pixels.to(model.device, model.dtype))
+    result = []
+    for logits, masks, record in zip(out.class_queries_logits.float(), out.masks_queries_logits, records):
+        threshold = 0.9 if record.get("tag") == "counting" else 0.3
+        scores, index = logits.softmax(1)[:, :-1].flatten().topk(len(logits))
+        n = max(1, int((scores > threshold).sum()))  # weighing by the mask can only lower a score
+        scores, query, label = scores[:n], index[:n] // len(COCO), index[:n] % len(COCO)
+        masks = F.interpolate(masks[None, query].float(), images.shape[-2:], mode="bilinear")[0]
+        inside = masks > 0
+        scores = scores * (masks.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
+        order = scores.argsort(descending=True, stable=True)
+        order, found = order[scores[order] > threshold], {}
+        for i in label[order].unique().tolist():
+            kept = inside[order[label[order] == i][:16]]
+            boxes = masks_to_boxes(kept) + torch.tensor([0, 0, 1, 1], device=kept.device)  # up to the pixels' far edges
+            found |= {name: (boxes, kept) for name in COCO[i]}
+        result.append(found)
+    return result
+
+
+@functools.cache
+def color_texts(name: str) -> Tensor:
+    """The zero-shot classifier of an object's colour [10, D]: for each, the mean over [G]'s three templates."""
+    templates = "a photo of a {c} {name}", "a photo of a {c}-colored {name}", "a photo of a {c} object"
+    texts = clip_text([t.format(c=c, name=name) for c in COLORS for t in templates])
+    return F.normalize(texts.view(len(COLORS), len(templates), -1).mean(1), dim=1)
+
+
+@torch.no_grad()
+def geneval_verdicts(images: Tensor, records: list[dict]) -> tuple[Tensor, Tensor]:
+    """`geneval_score` of each image: scores [B], correct [B]. The colours in question are named in one batch."""
+    images = images.to(device_and_dtype()[0])
+    found = detect(images, records)
+    asked, crops = [], []
+    for i, record in enumerate(records):
+        for clause in record["include"]:
+            boxes, masks = found[i].get(clause["class"], ([], []))
+            if clause.get("color") and len(boxes) >= clause["count"]:
+                for j in range(clause["count"]):
+                    x0, y0, x1, y1 = boxes[j].int().tolist()
+                    asked.append((i, clause["class"], j))
+                    crops.append(torch.where(masks[j], images[i], 0.6)[:, y0:y1, x0:x1])  # #999 around it, as in [G]
+    embeddings = clip_images(crops) if crops else []
+    colors = {key: COLORS[int((color_texts(key[1]) @ e).argmax())] for key, e in zip(asked, embeddings)}
+    verdicts = [
+        geneval_score(
+            record,
+            {name: boxes.tolist() for name, (boxes, _) in found[i].items()},
+            lambda name, j: colors[i, name, j],
+        )
+        for i, record in enumerate(records)
+    ]
+    scores, correct = zip(*verdicts)
+    return torch.tensor(scores), torch.tensor(correct)
+
+
+def geneval_reward(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+    """Compositional generation: the score of `geneval_score`."""
+    return geneval_verdicts(images, metadata)[0]
+
+
+class Builtin(NamedTuple):
+    function: Callable
+    load: Sequence[Callable] = ()  # what loads its models
+    check: Callable[[dict], object] = lambda record: None  # raises UserError for a record that it can't judge
+
+
+REWARDS = {
+    "geneval": Builtin(geneval_reward, [detector, clip_model], check_geneval),
+    "ocr": Builtin(ocr_reward, check=lambda record: quoted_text(record["prompt"])),
+    "pickscore": Builtin(pickscore_reward, [pickscore_model]),
+    "clipscore": Builtin(clipscore_reward, [clip_model]),
+}
+
+
+def part_name(source: str) -> str:
+    """The name that a reward is logged by: path/to/file.py:function is `file.function`."""
+    path, _, function = source.rpartition(":")
+    return f"{Path(path).stem}.{function}" if path else source
+
+
+def parse_rewards(text: str) -> dict[str, float]:
+    """The rewards in --reward with their weights: {"geneval": 0.7, "pickscore": 0.3} for "geneval=0.7,pickscore=0.3"."""
+    weights = {}
+    for part in text.split(","):
+        source, weight = re.fullmatch(r"(.*?)(?:=([^=:/]*))?", part.strip(), re.DOTALL).groups()
+        try:
+            value = float(weight or 1)
+        except ValueError:
+            value = math.nan
+        if not source or part_name(source) in map(part_name, weights) or not math.isfinite(value):
+            raise UserError(f"--reward can't be {text!r}: give each name once, as in geneval=0.7,pickscore=0.3")
+        if source not in REWARDS and not source.rpartition(":")[0].endswith(".py"):
+            raise UserError(f"unknown reward '{source}': choose {', '.join(REWARDS)}, or path/to/file.py:function")
+        weights[source] = value
+    return weights
+
+
+def load_reward(source: str) -> Callable:
+    """A built-in reward, with its models, by name; or the user's own as path/to/file.py:function."""
+    if source in REWARDS:
+        for load in REWARDS[source].load:
+            load()
+        return REWARDS[source].function
+    path, _, function = source.rpartition(":")
     if not Path(path).is_file():
         raise UserError(f"the reward file {path} does not exist: check the path before the colon in --reward")
-    spec = importlib.util.spec_from_file_location("user_reward", path)
+    spec = importlib.util.spec_from_file_location(f"reward {path}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -274,23 +578,54 @@ def load_reward(name: str) -> Callable:
     return getattr(module, function)
 
 
-def score_images(reward: Callable, images: Tensor, records: list[dict]) -> Tensor:
-    """Call the reward and check what it returns: finite rewards [B] on the CPU. Raises UserError."""
-    prompts, problem = [r["prompt"] for r in records], ""
-    try:
-        rewards = torch.as_tensor(reward(images, prompts, records), dtype=torch.float32).detach().cpu()
+class Part(NamedTuple):
+    """A reward of the weighted sum."""
+
+    name: str
+    weight: float
+    function: Callable
+
+
+def score_images(parts: list[Part], images: Tensor, records: list[dict]) -> dict[str, Tensor]:
+    """The rewards [B] on the CPU: each part under its name, their weighted sum as `reward`, and the exact verdicts that
+    OCR and GenEval are reported by. Raises UserError if a part fails, or returns anything but B finite numbers."""
+    prompts, columns = [r["prompt"] for r in records], {"reward": torch.zeros(len(records))}
+    for name, weight, function in parts:
+        try:
+            if function is geneval_reward:
+                rewards, columns["geneval_correct"] = geneval_verdicts(images, records)
+            else:
+                rewards = function(images.clone(), prompts, records)
+            rewards = torch.as_tensor(rewards, dtype=torch.float32).detach().cpu()
+        except Exception as e:
+            if out_of_memory(e):
+                raise
+            problem = f"raised {type(e).__name__} ({one_line(e)}) in a batch that begins with the prompt '{prompts[0]}'"
+            raise UserError(f"the reward {name} {problem}: mend it")
         if rewards.shape != (len(prompts),):
             problem = f"returned shape {list(rewards.shape)}, not one number for each of {len(prompts)} images"
-        elif not rewards.isfinite().all():
-            i = int((~rewards.isfinite()).nonzero()[0])
-            problem = f"returned {rewards[i]:g} for the prompt: {prompts[i]}"
-    except Exception as e:
-        if out_of_memory(e):
-            raise
-        problem = f"raised {type(e).__name__} ({e}) in a batch that begins with the prompt: {prompts[0]}"
-    if problem:
-        raise UserError(f"the reward function {getattr(reward, '__name__', reward)} {problem}. Mend it")
-    return rewards
+            raise UserError(f"the reward {name} {problem}, the first for the prompt '{prompts[0]}': mend it")
+        for prompt, reward in zip(prompts, rewards.tolist()):
+            if not math.isfinite(reward):
+                raise UserError(f"the reward {name} returned {reward} for the prompt '{prompt}': mend it")
+        if function is ocr_reward:
+            columns["ocr_accuracy"] = rewards == 1
+        columns[name] = rewards
+        columns["reward"] = columns["reward"] + weight * rewards
+    return {name: column.float() for name, column in columns.items()}
+
+
+def averages(columns: dict[str, Tensor], records: list[dict]) -> dict[str, float]:
+    """Their means; GenEval's by tag as well, and over the tags, as the benchmark's summary has them."""
+    means = {name: column.mean().item() for name, column in columns.items()}
+    if "geneval_correct" in columns:
+        tags = {}
+        for i, record in enumerate(records):
+            tags.setdefault(str(record.get("tag")), []).append(i)
+        for name in ("geneval", "geneval_correct"):
+            means |= {f"{name}/{tag}": columns[name][i].mean().item() for tag, i in tags.items()}
+        means["geneval_overall"] = sum(means[f"geneval_correct/{tag}"] for tag in tags) / len(tags)
+    return means
 
 
 def out_of_memory(e: BaseException) -> bool:
@@ -315,7 +650,11 @@ class Config:
     eval_prompt_file: str | None = setting(None, "prompts to evaluate on (default: some held out of the prompt file)")
     output_dir: str | None = setting(None, "folder of the run (default: a new one in runs/)")
     model: str | None = setting(None, f"hub name or folder (default: {SD35} with a GPU, else tiny-sd3)")
-    reward: str = setting("ocr", f"{', '.join(REWARDS)}, or path/to/file.py:function")
+    reward: str | None = setting(
+        None,
+        f"{', '.join(REWARDS)}, path/to/file.py:function, or a sum: geneval=0.7,pickscore=0.3 "
+        "(default: ocr if every prompt quotes a text, else pickscore)",
+    )
     epochs: int = setting(500, "rounds of rollout and update")
     prompts_per_epoch: int = setting(48, "prompts in an epoch")
     group_size: int = setting(24, "images for each prompt, compared with each other")
@@ -326,7 +665,6 @@ class Config:
     clip_range: float = setting(1e-4, "of the ratio; small, because log-probs are averaged over the latent's elements")
     guidance_scale: float = setting(4.5, "classifier-free guidance in training and evaluation; 1 for none")
     noise_level: float = setting(0.7, "of the SDE")
-    timestep_fraction: float = setting(0.99, "of the denoising steps is trained on, from the first; 0.99: all but the last")
     lora_rank: int = setting(32, "of the adapter; its alpha is twice that")
     ema_interval: int = setting(8, "updates between two steps of the adapter's moving average")
     height: int = setting(512, "pixels")
@@ -336,26 +674,11 @@ class Config:
     seed: int = setting(0, "of the adapter, the prompts' order and the noise")
 
 
-# The embedded model's own defaults, for 2 CPU cores. It draws clean digits, but not always the right ones, and which digit
-# goes where is decided early: training the first half of the steps leaves out the late ones, whose larger gradients
-# drown this signal.
+# The embedded model's own defaults, for 2 CPU cores.
 LAPTOP = dict(
-    epochs=180,
-    prompts_per_epoch=12,
-    group_size=16,
-    batch_size=96,
-    learning_rate=1.5e-3,
-    beta=0.0,
-    guidance_scale=1.0,
-    noise_level=1.0,
-    timestep_fraction=0.5,
-    lora_rank=16,
-    ema_interval=4,
-    height=32,
-    width=64,
-    max_sequence_length=1,
-    eval_every=60,
-)
+    epochs=125, prompts_per_epoch=12, group_size=16, batch_size=96, learning_rate=5e-4, beta=0.0, clip_range=1e-3,
+    guidance_scale=1.0, lora_rank=16, ema_interval=4, height=32, width=64, max_sequence_length=1, eval_every=50,
+)  # fmt: skip
 
 
 def check(config: Config) -> None:
@@ -367,14 +690,12 @@ def check(config: Config) -> None:
             raise UserError(f"{flag} is {value}: give {least[name]} or more")
         if name not in least and isinstance(value, (int, float)) and not value > 0:
             raise UserError(f"{flag} is {value}: give a number above 0")
-    if not 1 <= int(TRAIN_STEPS * config.timestep_fraction) <= TRAIN_STEPS:
-        raise UserError(f"--timestep-fraction is {config.timestep_fraction}: give {1 / TRAIN_STEPS} to 1")
     if config.max_sequence_length > 512:
         raise UserError(f"--max-sequence-length is {config.max_sequence_length}: SD3 takes 512 at most")
 
 
-def read_prompts(path: str, reward: str) -> list[dict]:
-    """A prompt file's records, each with its `prompt`. Raises UserError naming the file and line."""
+def read_prompts(path: str, checks: Iterable[Callable[[dict], object]] = ()) -> list[dict]:
+    """A prompt file's records, each with its `prompt` and passing the checks. Raises UserError naming the file and line."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as e:
@@ -391,8 +712,8 @@ def read_prompts(path: str, reward: str) -> list[dict]:
             record = json.loads(line) if path.endswith(".jsonl") else {"prompt": line.strip()}
             if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
                 raise UserError("a record needs a `prompt` string")
-            if reward == "ocr":
-                quoted_text(record["prompt"])
+            for check in checks:
+                check(record)
         except (UserError, json.JSONDecodeError) as e:
             raise UserError(f"{path}, line {number}: {e}")
         records.append(record)
@@ -403,57 +724,41 @@ def read_prompts(path: str, reward: str) -> list[dict]:
 
 def split_prompts(config: Config) -> tuple[list[dict], list[dict]]:
     """Training and evaluation records; without an evaluation file, half the prompts but at most 256 are held out."""
-    train = read_prompts(config.prompt_file, config.reward)
+    checks = [REWARDS[source].check for source in parse_rewards(config.reward) if source in REWARDS]
+    train = read_prompts(config.prompt_file, checks)
     if config.eval_prompt_file:
-        return train, read_prompts(config.eval_prompt_file, config.reward)
+        return train, read_prompts(config.eval_prompt_file, checks)
     unique = {r["prompt"]: r for r in train}
     count = min(256, len(unique) // 2)
     if count == 0:
         print("Only one prompt: it is evaluated on as well as trained on. Give more, or --eval-prompt-file.")
         return train, train
     order = np.random.default_rng(0).permutation(len(unique))  # the same for every seed: runs can be compared
-    held_out = [list(unique.values())[i] for i in order[:count]]
-    names = {r["prompt"] for r in held_out}
-    return [r for r in train if r["prompt"] not in names], held_out
+    names = list(unique)
+    held_out = {names[i]: unique[names[i]] for i in order[:count]}
+    return [r for r in train if r["prompt"] not in held_out], list(held_out.values())
 
 
 def epoch_prompts(records: list[dict], config: Config, epoch: int) -> list[dict]:
     """The prompts of an epoch: each is drawn once before any is drawn again."""
-    draws = range(epoch * config.prompts_per_epoch, (epoch + 1) * config.prompts_per_epoch)
-
-    @functools.cache
-    def order(lap: int) -> np.ndarray:
-        return np.random.default_rng([config.seed, lap]).permutation(len(records))
-
-    return [records[order(i // len(records))[i % len(records)]] for i in draws]
+    first, n = epoch * config.prompts_per_epoch, config.prompts_per_epoch
+    laps = range(first // len(records), (first + n - 1) // len(records) + 1)
+    order = np.concatenate([np.random.default_rng([config.seed, lap]).permutation(len(records)) for lap in laps])
+    return [records[i] for i in order[first % len(records) :][:n]]
 
 
 # ---- The model: a diffusers pipeline whose transformer carries a LoRA adapter.
 
 
-def why_not_loaded(e: BaseException, model: str) -> str:
-    """Name the cause behind the library's error, and the next step."""
-    summary, causes = " ".join(str(e).split())[:300], []
-    while e is not None:
-        causes.append(type(e))
-        e = e.__cause__ or e.__context__
-    if any(issubclass(c, GatedRepoError) for c in causes):
-        return f"is gated: accept its licence at https://huggingface.co/{model}, then run `hf auth login` and start again"
-    if any(issubclass(c, RepositoryNotFoundError) for c in causes):
-        return "is neither a folder nor on the hub: check the name, and run `hf auth login` if it is private"
-    if any(c is LocalEntryNotFoundError or "Connect" in c.__name__ or "Offline" in c.__name__ for c in causes):
-        return "is not a folder, and the hub can't be reached: check the name and the network, or give a folder with --model"
-    return f"can't be loaded ({summary}): check --model"
-
-
 def load_pipeline(config: Config, dtype: torch.dtype) -> StableDiffusion3Pipeline:
     """Load the pipeline in `dtype` on the CPU, frozen, and check that the image size fits it."""
-    try:
+
+    def load():
         parts = StableDiffusion3Pipeline.load_config(config.model)
         absent = {name: None for name, part in parts.items() if part == [None, None]}  # T5, as a rule
-        pipe = StableDiffusion3Pipeline.from_pretrained(config.model, dtype=dtype, **absent)
-    except (OSError, ValueError, KeyError, SafetensorError) as e:
-        raise UserError(f"the model {config.model} {why_not_loaded(e, config.model)}")
+        return StableDiffusion3Pipeline.from_pretrained(config.model, dtype=dtype, **absent)
+
+    pipe = from_hub(config.model, load, "--model")
     factor = pipe.vae_scale_factor * pipe.patch_size
     largest = pipe.transformer.config.pos_embed_max_size * factor
     for name in ("height", "width"):
@@ -492,7 +797,7 @@ class Run:
 
     config: Config
     pipe: StableDiffusion3Pipeline
-    reward: Callable
+    reward: list[Part]
     train_records: list[dict]
     eval_records: list[dict]
     texts: dict[str, Text]
@@ -521,29 +826,30 @@ class Run:
 def prepare(config: Config) -> Run:
     """Check all that can be checked, load the model, encode the prompts, and add the adapter. Writes nothing."""
     check(config)
-    reward = load_reward(config.reward)
     train_records, eval_records = split_prompts(config)
-    device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    weights = parse_rewards(config.reward)
+    reward = [Part(part_name(source), weight, load_reward(source)) for source, weight in weights.items()]
+    device, dtype = device_and_dtype()
     if device == "cuda":
         torch.set_float32_matmul_precision("high")  # for the adapter: TF32 has as many digits as the base's fp16
     pipe = load_pipeline(config, dtype)
     drawn = [r for epoch in range(config.epochs) for r in epoch_prompts(train_records, config, epoch)]
     texts = encode_prompts(pipe, [r["prompt"] for r in eval_records + drawn], config, device)
+    return assemble(config, pipe, reward, train_records, eval_records, texts)
+
+
+def assemble(config: Config, pipe, reward: list[Part], train_records, eval_records, texts: dict[str, Text]) -> Run:
+    """Add the adapter and its optimiser, and move the model to the device."""
+    device, dtype = device_and_dtype()
     parameters = add_adapter(pipe.transformer, config)
     pipe.to(device)
     return Run(
-        config=config,
-        pipe=pipe,
-        reward=reward,
-        train_records=train_records,
-        eval_records=eval_records,
-        texts=texts,
-        parameters=parameters,
+        config, pipe, reward, train_records, eval_records, texts, parameters,
         ema=[p.detach().clone() for p in parameters],
         optimizer=torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=1e-4),
         # A log_prob is a mean over some 65,536 elements: its gradients would underflow in half precision, unscaled.
         scaler=torch.amp.GradScaler(device, growth_interval=100, enabled=dtype == torch.float16),
-    )
+    )  # fmt: skip
 
 
 def add_adapter(transformer, config: Config) -> list[torch.nn.Parameter]:
@@ -594,11 +900,15 @@ class Samples(NamedTuple):
     records: list[dict]  # [N]
     latents: Tensor  # [N, T + 1, C, H, W]
     log_probs: Tensor  # [N, T], under the policy that drew them
-    rewards: Tensor  # [N]
+    scores: dict[str, Tensor]  # [N] each: the `reward`, and what it is made of
 
 
 def bar(total: int, name: str):
     return tqdm(total=total, desc=name, unit="image", disable=None, leave=False)
+
+
+def joined(scores: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([batch[name] for batch in scores]) for name in scores[0]}
 
 
 def collect(run: Run, generator: torch.Generator) -> tuple[Samples, dict[str, float]]:
@@ -607,26 +917,28 @@ def collect(run: Run, generator: torch.Generator) -> tuple[Samples, dict[str, fl
     prompts = epoch_prompts(run.train_records, config, run.epoch)
     records = [r for r in prompts for _ in range(config.group_size)]
     times = sigmas(run.pipe.scheduler, TRAIN_STEPS)
-    parts, seconds = [], {"seconds_rollout": 0.0, "seconds_scoring": 0.0}
+    latents, log_probs, scores = [], [], []
+    seconds = {"seconds_rollout": 0.0, "seconds_scoring": 0.0}
     with bar(len(records), "rollout") as rolling, bar(len(records), "scoring") as scoring:
         for i in range(0, len(records), config.batch_size):
             batch, start = records[i : i + config.batch_size], time.perf_counter()
             noise = torch.randn(len(batch), *run.latent_shape, generator=generator).to(device)
-            latents, log_probs = rollout(
+            path, log_prob = rollout(
                 run.pipe.transformer, noise, run.text(batch), null_text, times, config.noise_level,
                 config.guidance_scale, generator,
             )  # fmt: skip
-            images = decode(run.pipe.vae, latents[:, -1])
-            latents, log_probs = latents.cpu(), log_probs.cpu()
-            if not (log_probs.isfinite().all() and images.isfinite().all()):
+            images = decode(run.pipe.vae, path[:, -1])
+            latents.append(path.cpu())
+            log_probs.append(log_prob.cpu())
+            if not (log_probs[-1].isfinite().all() and images.isfinite().all()):
                 raise UserError("the model's samples are not finite: start a new run with a lower --learning-rate")
             rolling.update(len(batch))
             rolled = time.perf_counter()
-            parts.append((latents, log_probs, score_images(run.reward, images, batch)))
+            scores.append(score_images(run.reward, images, batch))
             scoring.update(len(batch))
             seconds["seconds_rollout"] += rolled - start
             seconds["seconds_scoring"] += time.perf_counter() - rolled
-    return Samples(records, *(torch.cat(p) for p in zip(*parts))), seconds
+    return Samples(records, torch.cat(latents), torch.cat(log_probs), joined(scores)), seconds
 
 
 def score_step(run: Run, x: Tensor, x_next: Tensor, t: float, t_next: float, text: Text, null_text: Text):
@@ -650,9 +962,9 @@ def update(run: Run, samples: Samples, generator: torch.Generator) -> dict[str, 
     """The epoch's optimiser steps, on the samples that have an advantage. Returns the mean statistics."""
     config, device, null_text = run.config, run.pipe.device, run.null_text
     all_times = sigmas(run.pipe.scheduler, TRAIN_STEPS)
-    # By default not the last step: at t = .0089 the policy is so narrow that rounding would dominate the ratio [C].
-    trained_steps = range(int(TRAIN_STEPS * config.timestep_fraction))
-    advantages = group_advantages(samples.rewards.view(-1, config.group_size)).flatten()
+    # Not the last step: at t = .0089 the policy is so narrow that rounding would dominate the ratio [C].
+    trained_steps = range(TRAIN_STEPS - 1)
+    advantages = group_advantages(samples.scores["reward"].view(-1, config.group_size)).flatten()
     kept = advantages.nonzero().flatten()  # a group of equal rewards teaches nothing: drop it before the work
     kept = kept[torch.randperm(len(kept), generator=generator)]
     chunks = [chunk for chunk in kept.tensor_split(config.updates_per_epoch) if len(chunk)]
@@ -694,7 +1006,7 @@ def update(run: Run, samples: Samples, generator: torch.Generator) -> dict[str, 
 def evaluate(run: Run) -> tuple[dict[str, float], Tensor]:
     """Draw as one deploys, with the averaged adapter and 40 ODE steps. Returns the metrics and the first 16 images."""
     config, null_text, times = run.config, run.null_text, sigmas(run.pipe.scheduler, EVAL_STEPS)
-    rewards, shown = [], []
+    scores, shown = [], []
     with averaged(run), bar(len(run.eval_records), "evaluation") as progress:
         for i in range(0, len(run.eval_records), config.batch_size):
             batch = run.eval_records[i : i + config.batch_size]
@@ -706,23 +1018,20 @@ def evaluate(run: Run) -> tuple[dict[str, float], Tensor]:
             x = torch.cat(noise).float().to(run.pipe.device)
             latents, _ = rollout(run.pipe.transformer, x, text, null_text, times, 0.0, config.guidance_scale)
             images = decode(run.pipe.vae, latents[:, -1])
-            rewards.append(score_images(run.reward, images, batch))
+            scores.append(score_images(run.reward, images, batch))
             shown.append(images[: max(0, 16 - i)].cpu())
             progress.update(len(batch))
-    rewards = torch.cat(rewards)
-    metrics = {"eval_reward": rewards.mean().item()}
-    if run.reward is ocr_reward:
-        metrics["eval_accuracy"] = (rewards == 1).float().mean().item()
-    return metrics, torch.cat(shown)
+    metrics = averages(joined(scores), run.eval_records)
+    return {f"eval_{name}": value for name, value in metrics.items()}, torch.cat(shown)
 
 
-def train(run: Run, out: Path, resume: bool) -> None:
+def train(run: Run, out: Path) -> None:
     """First evaluation; epochs of rollout, scoring and update; last evaluation. Each epoch ends with a checkpoint."""
     config = run.config
     (out / "samples").mkdir(parents=True, exist_ok=True)
     write_text(out / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     write_text(out / "eval_prompts.jsonl", "".join(json.dumps(r) + "\n" for r in run.eval_records))
-    metrics = read_metrics(out / "metrics.jsonl", run.epoch) if resume else []
+    metrics = read_metrics(out / "metrics.jsonl", run.epoch) if run.epoch else []
     write_text(out / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in metrics))
     writer = SummaryWriter(out / "tensorboard", purge_step=run.epoch + 1 if metrics else None)
 
@@ -735,7 +1044,8 @@ def train(run: Run, out: Path, resume: bool) -> None:
         for name, value in record.items():
             writer.add_scalar(name, value, record["epoch"])
         writer.flush()
-        shown = "  ".join(f"{n} {v:.3g}" for n, v in record.items() if n not in ("epoch", "ratio_mean", "policy_loss"))
+        hidden = {"epoch", "ratio_mean", "policy_loss"}
+        shown = "  ".join(f"{n} {v:.3g}" for n, v in record.items() if n not in hidden and "/" not in n)
         tqdm.write(f"epoch {record['epoch']}: {shown}")
         sys.stdout.flush()
 
@@ -756,7 +1066,7 @@ def train(run: Run, out: Path, resume: bool) -> None:
             start = time.perf_counter()
             stats = update(run, samples, generator)
             run.epoch += 1
-            rewards = {"reward": samples.rewards.mean().item(), "reward_std": samples.rewards.std().item()}
+            rewards = averages(samples.scores, samples.records) | {"reward_std": samples.scores["reward"].std().item()}
             seconds["seconds_update"] = time.perf_counter() - start
             log({"epoch": run.epoch, **rewards, **stats, **seconds})
             save(run, out)
@@ -764,7 +1074,7 @@ def train(run: Run, out: Path, resume: bool) -> None:
     writer.close()
     evaluations = [m for m in metrics if "eval_reward" in m]
     before, after = evaluations[0], evaluations[-1]
-    for name in [name for name in after if name != "epoch"]:
+    for name in [name for name in after if name != "epoch" and "/" not in name]:
         print(f"held-out {name.removeprefix('eval_')}: {before[name]:.3f} before, {after[name]:.3f} after")
     print(f"({len(run.eval_records)} prompts, {EVAL_STEPS} ODE steps.) The weights, images and curve are in {out}")
 
@@ -873,7 +1183,8 @@ def write_curve(metrics: list[dict], path: Path) -> None:
     for name, label, style in [
         ("reward", "rollouts: reward (10 SDE steps)", "-"),
         ("eval_reward", "held out: reward (40 ODE steps)", "o-"),
-        ("eval_accuracy", "held out: accuracy (40 ODE steps)", "s-"),
+        ("eval_ocr_accuracy", "held out: OCR accuracy (40 ODE steps)", "s-"),
+        ("eval_geneval_overall", "held out: GenEval overall (40 ODE steps)", "s-"),
     ]:
         points = [(m["epoch"], m[name]) for m in metrics if name in m]
         if points:
@@ -919,12 +1230,6 @@ def configure(argv: list[str] | None) -> tuple[Config, Path, bool]:
             stored = dataclasses.asdict(Config(**json.loads((out / "config.json").read_text(encoding="utf-8"))))
         except (ValueError, TypeError) as e:
             raise UserError(f"{out / 'config.json'} is damaged ({e}): put back a copy of it, or start a new run")
-        for name, value in given.items():
-            if name not in MAY_CHANGE and value != stored[name]:
-                raise UserError(
-                    f"the run in {out} was made with other settings ({name} was {stored[name]}, now {value}): leave the "
-                    "flag out to resume it, or start a new run with another --output-dir"
-                )
         print(f"Resuming the run in {out}.", flush=True)
         return Config(**stored | given), out, True
     if not resume and any((out / name).exists() for name in ("config.json", "checkpoint.safetensors", "metrics.jsonl")):
@@ -939,6 +1244,13 @@ def configure(argv: list[str] | None) -> tuple[Config, Path, bool]:
     elif "model" not in given:
         given["model"] = str(TINY)
         print("No CUDA GPU was found, so this trains the embedded tiny-sd3, not Stable Diffusion 3.5 Medium.", flush=True)
+    if "reward" not in given:
+        files = [given[name] for name in ("prompt_file", "eval_prompt_file") if given.get(name)]
+        prompts = [r["prompt"] for path in files for r in read_prompts(path)]
+        without = next((p for p in prompts if not re.search(QUOTED, p)), None)
+        given["reward"] = "ocr" if without is None else "pickscore"
+        why = "every prompt quotes a text" if without is None else f"not every prompt quotes a text ({without[:60]})"
+        print(f"The reward is {given['reward']}, because {why}; --reward chooses another.", flush=True)
     embedded = Path(given["model"]).resolve() == TINY
     return Config(**(LAPTOP if embedded else {}) | given), out, resume
 
@@ -953,7 +1265,7 @@ def main(argv: list[str] | None = None) -> int:
             save(run, out)  # the weights may be an epoch behind the checkpoint
         print("\n".join(f"  {name:20} {value}" for name, value in dataclasses.asdict(config).items()), flush=True)
         hint = f" (to go on: python flow_grpo.py --resume {out})"
-        train(run, out, resume)
+        train(run, out)
         return 0
     except KeyboardInterrupt:
         error, code = "interrupted, nothing is lost", 130

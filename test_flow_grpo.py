@@ -11,6 +11,9 @@ import time
 from pathlib import Path
 from unittest.mock import Mock
 
+import huggingface_hub
+import numpy as np
+import open_clip
 import pytest
 import torch
 from diffusers import (
@@ -22,12 +25,20 @@ from diffusers import (
 from huggingface_hub.errors import GatedRepoError
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributions import Normal, kl_divergence
 from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerImageProcessor,
+    SwinConfig,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -393,7 +404,7 @@ def test_update_moves_log_probs_with_the_advantages(model, work):
     run = prepare(arguments(model, updates_per_epoch=1, learning_rate=1e-4, guidance_scale=1, clip_range=1))
     samples, _ = flow_grpo.collect(run, torch.Generator().manual_seed(0))
     flow_grpo.update(run, samples, torch.Generator().manual_seed(0))
-    advantages = group_advantages(samples.rewards.view(2, 4)).flatten()
+    advantages = group_advantages(samples.scores["reward"].view(2, 4)).flatten()
     times, gain = flow_grpo.sigmas(run.pipe.scheduler, 10), 0.0
     with torch.no_grad():
         for k in range(9):
@@ -411,7 +422,7 @@ def test_samples_without_advantage_are_not_updated(model, work):
     run.pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
     assert flow_grpo.update(run, samples, torch.Generator())["trained"] == 0
     assert not calls and run.updates == 0
-    samples.rewards[:3] = torch.tensor([0.1, 0.2, 0.3])  # one group of two now differs
+    samples.scores["reward"][:3] = torch.tensor([0.1, 0.2, 0.3])  # one group of two now differs
     stats = flow_grpo.update(run, samples, torch.Generator())
     assert stats["trained"] == 0.5 and len(calls) == 2 * 9 * 2  # micro-batches of 2, 9 steps, with and without text
 
@@ -445,7 +456,7 @@ def test_loss_scaling_changes_nothing_but_the_range(model, work):
     fresh.scaler = torch.amp.GradScaler("cpu")
     flow_grpo.restore(fresh, Path("scaled/checkpoint.safetensors"))
     assert fresh.scaler.state_dict()["scale"] == 8.0 and fresh.updates == run.updates == 2
-    samples.rewards[:] = torch.arange(8.0)
+    samples.scores["reward"][:] = torch.arange(8.0)
     before = [p.detach().clone() for p in run.parameters]
     samples.log_probs[:] = float("nan")  # the gradients overflow: both steps are skipped, and the scale halved
     assert flow_grpo.update(run, samples, torch.Generator())["grad_norm"] == 0
@@ -606,8 +617,6 @@ BAD_FLAGS = [
     ({"learning_rate": "nan"}, ["--learning-rate is nan"]),
     ({"noise_level": 0}, ["--noise-level is 0"]),
     ({"guidance_scale": 0.5}, ["--guidance-scale is 0.5"]),
-    ({"timestep_fraction": 0.01}, ["--timestep-fraction is 0.01", "0.1 to 1"]),
-    ({"timestep_fraction": 1.2}, ["--timestep-fraction is 1.2"]),
     ({"max_sequence_length": 600}, ["--max-sequence-length is 600", "512"]),
     ({"learning_rate": 1e30}, ["not finite", "--learning-rate"]),
 ]
@@ -727,6 +736,426 @@ def test_ocr_reward_finds_words_in_large_images():
     assert rewards.tolist() == pytest.approx([1, 1 - 1 / 7, 0])
     alone = [flow_grpo.ocr_reward(images[i : i + 1], prompts[i : i + 1], [{}]).item() for i in range(3)]
     assert alone == rewards.tolist()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GenEval, PickScore, CLIPScore: real models of random weights, in the hub's format.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def reward_folders(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("rewards")
+    backbone = SwinConfig(
+        image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    detector = Mask2FormerForUniversalSegmentation(
+        Mask2FormerConfig(
+            backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32,
+            dim_feedforward=32, encoder_layers=1, decoder_layers=2, num_attention_heads=2, num_queries=30, num_labels=80,
+        )
+    )  # fmt: skip
+    with torch.no_grad():  # sure of itself, with several objects a class: some above each threshold, some below
+        detector.class_predictor.weight.mul_(150)
+        detector.get_parameter("model.transformer_module.decoder.mask_predictor.mask_embedder.2.0.weight").mul_(100)
+    detector.save_pretrained(folder / "detector")
+    Mask2FormerImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "detector")
+
+    words = ["<|startoftext|>", "<|endoftext|>", *map(chr, range(33, 127)), *(chr(c) + "</w>" for c in range(33, 127))]
+    tokenizer = CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=77)
+    clip = CLIPConfig(
+        text_config=dict(
+            vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+            bos_token_id=0, eos_token_id=1, pad_token_id=1,
+        ),
+        vision_config=dict(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+        ),
+        projection_dim=16, logit_scale_init_value=3.0,
+    )  # fmt: skip
+    CLIPModel(clip).save_pretrained(folder / "pickscore")
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(image_processor=processor, tokenizer=tokenizer).save_pretrained(folder / "pickscore")
+
+    settings = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
+    }
+    preprocess = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "interpolation": "bicubic", "resize_mode": "shortest"}
+    (folder / "clip").mkdir()
+    (folder / "clip" / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": settings, "preprocess_cfg": preprocess})
+    )
+    save_file(open_clip.model.CLIP(**settings).state_dict(), folder / "clip" / "open_clip_model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def reward_models(reward_folders, monkeypatch):
+    monkeypatch.setattr(flow_grpo, "device_and_dtype", lambda: ("cpu", torch.float32))
+    monkeypatch.setattr(flow_grpo, "DETECTOR", str(reward_folders / "detector"))
+    monkeypatch.setattr(flow_grpo, "DETECTOR_SIZE", {"shortest_edge": 64, "longest_edge": 128})
+    monkeypatch.setattr(flow_grpo, "CLIP", f"local-dir:{reward_folders / 'clip'}")
+    monkeypatch.setattr(flow_grpo, "CLIP_WEIGHTS", None)
+    monkeypatch.setattr(flow_grpo, "PICKSCORE", str(reward_folders / "pickscore"))
+    monkeypatch.setattr(flow_grpo, "PICKSCORE_PROCESSOR", str(reward_folders / "pickscore"))
+    caches = flow_grpo.detector, flow_grpo.clip_model, flow_grpo.pickscore_model, flow_grpo.color_texts
+    for cache in caches:
+        cache.cache_clear()
+    yield reward_folders
+    for cache in caches:
+        cache.cache_clear()
+
+
+def pictures(n, height=40, width=48):
+    """Images of 8-bit values, so that the same ones exist as PIL images."""
+    g = torch.Generator().manual_seed(0)
+    small = torch.rand(n, 3, height // 8, width // 8, generator=g)
+    images = (torch.nn.functional.interpolate(small, size=(height, width), mode="bicubic").clamp(0, 1) * 255).round() / 255
+    pils = [Image.fromarray((i.permute(1, 2, 0) * 255).round().byte().numpy()) for i in images]
+    return images, pils
+
+
+def test_pickscore_is_the_formula(reward_models):
+    images, pils = pictures(3)
+    prompts = ["a cat", "a very long prompt " * 30, ""]
+    rewards = flow_grpo.pickscore_reward(images, prompts, [{}] * 3)
+    model, processor = CLIPModel.from_pretrained(reward_models / "pickscore"), CLIPProcessor.from_pretrained(reward_models / "pickscore")
+    with torch.no_grad():
+        for reward, prompt, pil in zip(rewards, prompts, pils):
+            pixels = processor.image_processor(pil, return_tensors="pt")["pixel_values"]
+            tokens = processor.tokenizer(prompt, truncation=True, max_length=77, return_tensors="pt")
+            image = model.visual_projection(model.vision_model(pixels).pooler_output)[0]
+            text = model.text_projection(model.text_model(**tokens).pooler_output)[0]
+            cosine = (image @ text / image.norm() / text.norm()).item()
+            assert reward.item() == pytest.approx(math.exp(3) * cosine / 26, abs=2e-3)
+    alone = torch.cat([flow_grpo.pickscore_reward(images[i : i + 1], prompts[i : i + 1], [{}]) for i in range(3)])
+    assert torch.allclose(alone, rewards, atol=1e-5)
+
+
+def test_clipscore_is_the_cosine(reward_models):
+    images, pils = pictures(3)
+    prompts = ["a cat", "two dogs", 'a sign that says "7"']
+    rewards = flow_grpo.clipscore_reward(images, prompts, [{}] * 3)
+    name = flow_grpo.CLIP
+    model, _, transform = open_clip.create_model_and_transforms(name)
+    with torch.no_grad():
+        image = model.eval().encode_image(torch.stack([transform(p) for p in pils]))
+        text = model.encode_text(open_clip.get_tokenizer(name)(prompts))
+    expected = torch.nn.functional.cosine_similarity(image, text)
+    assert expected.std() > 1e-3 and torch.allclose(rewards, expected, atol=2e-3)
+    alone = torch.cat([flow_grpo.clipscore_reward(images[i : i + 1], prompts[i : i + 1], [{}]) for i in range(3)])
+    assert torch.allclose(alone, rewards, atol=1e-5)
+
+
+def test_clip_is_built_with_the_activation_that_openai_trained_it_with():
+    from open_clip.transformer import QuickGELU
+
+    model = open_clip.create_model(flow_grpo.CLIP, load_weights=False, device="meta")
+    assert any(isinstance(m, QuickGELU) for m in model.modules())
+    assert flow_grpo.CLIP_WEIGHTS in open_clip.list_pretrained_tags_by_model(flow_grpo.CLIP)
+
+
+def test_detections_follow_the_benchmarks_rules(reward_models):
+    images, pils = pictures(4)
+    records = [{"tag": "counting"}, {"tag": "colors"}, {"tag": "counting"}, {}]
+    found = flow_grpo.detect(images, records)
+    for i in range(4):
+        alone = flow_grpo.detect(images[i : i + 1], records[i : i + 1])[0]
+        assert alone.keys() == found[i].keys() and all(torch.equal(a[0], b[0]) for a, b in zip(alone.values(), found[i].values()))
+    model = Mask2FormerForUniversalSegmentation.from_pretrained(reward_models / "detector").eval()
+    processor = Mask2FormerImageProcessor(size=flow_grpo.DETECTOR_SIZE)
+    seen = {True: 0, False: 0}
+    for record, image, pil, objects in zip(records, images, pils, found):
+        pixels = processor(image, do_rescale=False, return_tensors="pt")["pixel_values"]
+        assert torch.allclose(pixels, processor(pil, return_tensors="pt")["pixel_values"], atol=0.02)
+        with torch.no_grad():
+            out = model(pixels)
+        probabilities = out.class_queries_logits[0].softmax(1)[:, :80]
+        masks = torch.nn.functional.interpolate(out.masks_queries_logits, (40, 48), mode="bilinear")[0].numpy()
+        pairs = sorted(((p.item(), q, c) for q, row in enumerate(probabilities) for c, p in enumerate(row)), reverse=True)[:30]
+        threshold, expected = 0.9 if record.get("tag") == "counting" else 0.3, {}
+        for probability, q, c in pairs:
+            mask = masks[q] > 0
+            if mask.any():
+                score = probability * (1 / (1 + np.exp(-masks[q][mask]))).mean()
+                ys, xs = np.nonzero(mask)
+                if score > threshold:
+                    expected.setdefault(c, []).append((score, (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)))
+        assert {name for c in expected for name in flow_grpo.COCO[c]} == set(objects)
+        for c, items in expected.items():
+            boxes = [list(map(float, box)) for _, box in sorted(items, key=lambda item: -item[0])[:16]]
+            got = objects[flow_grpo.COCO[c][0]][0].tolist()
+            assert len(got) == len(boxes) and np.abs(np.array(got) - np.array(boxes)).max() <= 1
+            seen[record.get("tag") == "counting"] += len(boxes)
+    assert seen[True] and seen[False]
+
+
+def test_an_object_of_each_class_at_most_sixteen(reward_models, monkeypatch):
+    """Twenty sure objects of one class: the sixteen surest count."""
+
+    class Sure(torch.nn.Module):
+        device, dtype = torch.device("cpu"), torch.float32
+
+        def forward(self, pixels):
+            logits, masks = torch.zeros(1, 20, 81), torch.full((1, 20, 16, 16), -9.0)
+            for q in range(20):
+                logits[0, q, 3] = 9 + q / 10
+                masks[0, q, :, q % 16] = 9
+            return Mock(class_queries_logits=logits, masks_queries_logits=masks)
+
+    _, processor = flow_grpo.detector()
+    monkeypatch.setattr(flow_grpo, "detector", lambda: (Sure(), processor))
+    boxes, masks = flow_grpo.detect(torch.zeros(1, 3, 16, 16), [{}])[0]["motorcycle"]
+    assert boxes.shape == (16, 4) and masks.shape == (16, 16, 16)
+    assert boxes[0].tolist() == [3, 0, 4, 16]  # query 19
+
+
+def test_colors_are_named_by_clip_on_each_objects_crop(reward_models, monkeypatch):
+    images, pils = pictures(2, 64, 64)
+    masks = torch.zeros(2, 2, 64, 64, dtype=torch.bool)
+    masks[0, 0, 5:40, 10:30] = masks[0, 1, 20:60, 33:60] = masks[1, 0, 0:30, 0:64] = True
+    masks[0, 0, 5:10, 10:15] = False  # no rectangle: the background shows
+    boxes = torch.tensor([[[10, 5, 30, 40], [33, 20, 60, 60]], [[0, 0, 64, 30], [0, 0, 1, 1]]]).float()
+    found = [{"bench": (boxes[0], masks[0])}, {"bench": (boxes[1, :1], masks[1, :1])}]
+    monkeypatch.setattr(flow_grpo, "detect", lambda images, records: found)
+
+    model, _, transform = open_clip.create_model_and_transforms(flow_grpo.CLIP)
+    tokenizer = open_clip.get_tokenizer(flow_grpo.CLIP)
+    names = []
+    for i, j in [(0, 0), (0, 1), (1, 0)]:
+        grey = Image.new("RGB", (64, 64), "#999")
+        crop = Image.composite(pils[i], grey, Image.fromarray(masks[i, j].numpy())).crop(boxes[i, j].tolist())
+        with torch.no_grad():
+            image = model.eval().encode_image(transform(crop)[None])
+            scores = []
+            for color in flow_grpo.COLORS:
+                texts = [f"a photo of a {color} bench", f"a photo of a {color}-colored bench", f"a photo of a {color} object"]
+                embeddings = torch.nn.functional.normalize(model.encode_text(tokenizer(texts)), dim=1)
+                scores.append(torch.nn.functional.cosine_similarity(image, embeddings.mean(0, keepdim=True)).item())
+        names.append(flow_grpo.COLORS[int(np.argmax(scores))])
+
+    def record(count, color):
+        return {"tag": "colors", "include": [{"class": "bench", "count": count, "color": color}]}
+
+    other = next(c for c in flow_grpo.COLORS if c not in names)
+    for first, second in [(names[0], names[2]), (other, other)]:
+        scores, correct = flow_grpo.geneval_verdicts(images, [record(2, first), record(1, second)])
+        share = sum(n == first for n in names[:2]) / 2
+        assert scores.tolist() == pytest.approx([(1 + share) / 2, (1 + (second == names[2])) / 2])
+        assert correct.tolist() == [share == 1, second == names[2]]
+    none = [record(3, names[0]), record(2, names[2])]  # too few objects: no colour is asked for
+    monkeypatch.setattr(flow_grpo, "clip_images", None)
+    assert flow_grpo.geneval_verdicts(images, none)[0].tolist() == pytest.approx([(2 / 3) / 2, 0.5 / 2])
+
+
+def benchmark(record, boxes, color_of):
+    """GenEval's verdict, restated from its paper and code without a look at ours."""
+    groups = []
+    for clause in record.get("include", []):
+        chosen = list(boxes.get(clause["class"], []))[: clause["count"]]
+        good = len(chosen) == clause["count"]
+        if good and "color" in clause:
+            good = [color_of(clause["class"], k) for k in range(len(chosen))].count(clause["color"]) >= clause["count"]
+        if good and "position" in clause:
+            relation, target = clause["position"]
+            good = groups[target] is not None
+            for a in chosen if good else []:
+                for b in groups[target]:
+                    a_box, b_box = np.array(a, dtype=float).reshape(2, 2), np.array(b, dtype=float).reshape(2, 2)
+                    offset = a_box.mean(0) - b_box.mean(0)
+                    margin = 0.1 * (np.ptp(a_box, axis=0) + np.ptp(b_box, axis=0))
+                    rest = np.sign(offset) * np.clip(np.abs(offset) - margin, 0, None)
+                    unit = rest / np.linalg.norm(offset) if rest.any() else rest
+                    axis, sign = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}[relation]
+                    good = good and unit[axis] * sign > 0.5
+        groups.append(chosen if good else None)
+    return all(g is not None for g in groups) and not any(
+        len(boxes.get(c["class"], [])) >= c["count"] for c in record.get("exclude", [])
+    )
+
+
+def reward_of_the_paper(record, boxes, color_of):
+    """The mean over parts, restated; positions by the benchmark's own verdict on exact counts."""
+    parts, exact = [], []
+    for i, clause in enumerate(record["include"]):
+        found = len(boxes.get(clause["class"], []))
+        parts.append(max(0, 1 - abs(found - clause["count"]) / clause["count"]))
+        exact.append(found == clause["count"])
+        if "color" in clause:
+            hits = sum(color_of(clause["class"], k) == clause["color"] for k in range(found)) if exact[-1] else 0
+            parts.append(hits / clause["count"])
+        if "position" in clause:
+            pair = {"include": [record["include"][clause["position"][1]], clause]}
+            parts.append(float(all(exact) and benchmark(pair, boxes, color_of)))
+    return sum(parts) / len(parts)
+
+
+def random_scene(rng, tag):
+    classes = rng.sample([names[0] for names in flow_grpo.COCO], 3)
+    count = rng.randint(1, 4) if tag == "counting" else rng.choice([1, 1, 1, 2])
+    include = [{"class": classes[0], "count": count}]
+    if tag in ("two_object", "position", "color_attr"):
+        include.append({"class": classes[1], "count": rng.choice([1, 1, 1, 2])})
+    if tag in ("colors", "color_attr"):
+        for clause in include:
+            clause["color"] = rng.choice(flow_grpo.COLORS[:3])
+    if tag == "position":
+        include[1]["position"] = [rng.choice(flow_grpo.POSITIONS), 0]
+    record = {"tag": tag, "include": include, "prompt": "p"}
+    if tag == "counting":
+        record["exclude"] = [{"class": classes[0], "count": count + 1}]
+    boxes = {}
+    for name in classes:
+        for _ in range(rng.choice([0, 1, 1, 1, 2, 2, 3, 5])):
+            x, y = rng.randint(0, 20) * 20, rng.randint(0, 20) * 20  # a grid: ties and zero offsets occur
+            boxes.setdefault(name, []).append((x, y, x + rng.randint(1, 8) * 20, y + rng.randint(1, 8) * 20))
+    colors = {(n, k): rng.choice(flow_grpo.COLORS[:3]) for n in classes for k in range(5)}
+    return record, boxes, colors
+
+
+@pytest.mark.parametrize("tag", ["single_object", "two_object", "counting", "colors", "position", "color_attr"])
+def test_geneval_score_on_random_scenes(tag):
+    rng, verdicts = random.Random(tag), set()
+    for _ in range(1000):
+        record, boxes, colors = random_scene(rng, tag)
+        asked = []
+
+        def color_of(name, k):
+            asked.append((name, k))
+            return colors[name, k]
+
+        score, correct = flow_grpo.geneval_score(record, boxes, color_of)
+        questions = asked.copy()
+        judged = {c["class"]: c["count"] for c in record["include"] if "color" in c}
+        assert len(set(questions)) == len(questions) and all(k < judged[name] for name, k in questions)
+        assert correct == benchmark(record, boxes, lambda name, k: colors[name, k]), record
+        assert score == pytest.approx(reward_of_the_paper(record, boxes, lambda name, k: colors[name, k])), record
+        verdicts.add((correct, score == 1))
+    assert (True, True) in verdicts and (False, False) in verdicts
+    assert (tag == "counting") == ((True, False) not in verdicts)  # too many objects: right for the benchmark alone
+
+
+def test_positions_at_the_thresholds():
+    box = (100, 100, 200, 200)
+
+    def where(dx, dy, size=100):
+        return flow_grpo.relative_positions((100 + dx, 100 + dy, 100 + size + dx, 100 + size + dy), box)
+
+    assert where(-300, 0) == ["left of"] and where(300, 0) == ["right of"]
+    assert where(0, -300) == ["above"] and where(0, 300) == ["below"]
+    assert where(0, 0) == where(20, -20) == where(20.0009, 0) == []  # 0.1 * (100 + 100) is taken off
+    assert where(21, 0) == [] and where(40, 0) == [] and where(40.1, 0) == ["right of"]  # (40 - 20) / 40 is not > 0.5
+    assert where(-300, 300) == ["left of", "below"]  # (300 - 20) / 424 = 0.66 on both
+    assert where(300, 180) == ["right of"]  # 160 / 350 = 0.46
+
+
+def test_geneval_score_by_hand():
+    judge = flow_grpo.geneval_score
+    one, two = [(0, 0, 9, 9)], [(0, 0, 9, 9), (50, 0, 59, 9)]
+    clock = {"include": [{"class": "clock", "count": 2}], "exclude": [{"class": "clock", "count": 3}]}
+    for n, expected in [(0, (0, False)), (1, (0.5, False)), (2, (1, True)), (3, (0.5, False)), (4, (0, False)), (9, (0, False))]:
+        assert judge(clock, {"clock": one * n}) == expected
+    assert judge({"include": clock["include"]}, {"clock": one * 3}) == (0.5, True)  # the benchmark lets more pass
+    red = {"include": [{"class": "car", "count": 2, "color": "red"}]}
+    assert judge(red, {"car": two}, lambda name, i: ["red", "blue"][i]) == (0.75, False)
+    assert judge(red, {"car": two}, lambda name, i: "red") == (1, True)
+    assert judge(red, {"car": two + one}, lambda name, i: ["red", "red", "no"][i]) == (0.25, True)
+    assert judge(red, {"car": one}, None) == (0.25, False)  # too few: no colour is asked for
+    nulls = {"include": [{"class": "car", "count": 1, "color": None, "position": None}]}
+    assert judge(nulls, {"car": one}) == (1, True)
+    beside = {"include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["right of", 0]}]}
+    assert judge(beside, {"dog": two[:1], "cat": two[1:]}) == (1, True)
+    assert judge(beside, {"dog": two[1:], "cat": two[:1]}) == (2 / 3, False)
+    assert judge(beside, {"cat": two[:1]}) == (pytest.approx(1 / 3), False)
+    assert judge(beside, {"dog": [two[0]] * 2, "cat": two[1:]}) == (pytest.approx(1 / 3), True)
+
+
+GENEVAL = """\
+{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}
+{"tag": "counting", "include": [{"class": "clock", "count": 2}], "exclude": [{"class": "clock", "count": 3}], "prompt": "a photo of two clocks"}
+{"tag": "colors", "include": [{"class": "computer mouse", "count": 1, "color": "red"}], "prompt": "a photo of a red computer mouse"}
+{"tag": "position", "include": [{"class": "banana", "count": 1}, {"class": "suitcase", "count": 1, "position": ["left of", 0]}], "prompt": "a photo of a suitcase left of a banana"}
+"""
+
+
+def test_two_epochs_with_a_weighted_sum(model, work, reward_models, capsys):
+    Path("geneval.jsonl").write_text(GENEVAL)
+    reward = "geneval=0.7, pickscore=0.3,clipscore=-1,rewards.py:red=2"
+    flags = arguments(model, reward=reward, prompt_file="geneval.jsonl", eval_prompt_file="geneval.jsonl", epochs=2,
+                      prompts_per_epoch=4)  # fmt: skip
+    assert flow_grpo.main(flags) == 0
+    lines = metrics()
+    for line, prefix in [(lines[0], "eval_"), (lines[1], ""), (lines[-1], "eval_")]:
+        parts = [line[prefix + name] for name in ("geneval", "pickscore", "clipscore", "rewards.red")]
+        assert line[prefix + "reward"] == pytest.approx(np.dot(parts, [0.7, 0.3, -1, 2]), abs=1e-5)
+        tags = ("single_object", "counting", "colors", "position")
+        assert line[prefix + "geneval"] == pytest.approx(np.mean([line[f"{prefix}geneval/{t}"] for t in tags]))
+        overall = np.mean([line[f"{prefix}geneval_correct/{t}"] for t in tags])
+        assert line[prefix + "geneval_overall"] == pytest.approx(overall)
+    output = capsys.readouterr().out
+    assert "held-out geneval_correct:" in output and "held-out pickscore:" in output
+    assert json.loads(Path("out/config.json").read_text())["reward"] == reward
+
+
+def test_the_default_reward_follows_the_prompts(model, work, reward_models, capsys):
+    def chosen(*args):
+        capsys.readouterr()
+        config = flow_grpo.configure(["--model", str(model), *args])[0]
+        return config.reward, capsys.readouterr().out
+
+    reward, said = chosen("--prompt-file", "prompts.txt")
+    assert reward == "ocr" and "every prompt quotes a text" in said
+    Path("mixed.txt").write_text('a "1"\na cat\n')
+    for args in (["--prompt-file", "mixed.txt"], ["--prompt-file", "prompts.txt", "--eval-prompt-file", "mixed.txt"]):
+        reward, said = chosen(*args)
+        assert reward == "pickscore" and "a cat" in said
+
+
+@pytest.mark.parametrize("clause, words", [
+    ('{"class": "unicorn", "count": 1}', ["'unicorn'", "COCO"]),
+    ('{"class": "bench"}', ["count of bench is None"]),
+    ('{"class": "bench", "count": 0}', ["count of bench is 0"]),
+    ('{"class": "bench", "count": 1, "color": "mauve"}', ["'mauve'", "orange"]),
+    ('{"class": "bench", "count": 1, "position": ["near", 0]}', ["near", "left of"]),
+    ('{"class": "bench", "count": 1, "position": ["above", 1]}', ["earlier clause"]),
+    ('{"class": "bench", "count": 1, "position": ["above", 0.0]}', ["earlier clause"]),
+    ('{"class": ["bench"], "count": 1}', ["['bench']", "COCO"]),
+    ("7", ["7", "COCO"]),
+])  # fmt: skip
+def test_a_record_that_geneval_cannot_judge_is_named(model, work, reward_models, capsys, clause, words):
+    Path("bad.jsonl").write_text('\n{"include": [{"class": "bench", "count": 1}, %s], "prompt": "p"}\n' % clause)
+    fails(arguments(model, reward="geneval", prompt_file="bad.jsonl"), capsys, "bad.jsonl, line 2", *words)
+    fails(arguments(model, reward="geneval"), capsys, "prompts.txt, line 1", "include")
+
+
+@pytest.mark.parametrize("reward, name", [("geneval", "mask2former"), ("pickscore", "PickScore_v1"), ("clipscore", "ViT-L-14")])
+def test_a_reward_out_of_reach_ends_before_the_model_is_loaded(work, capsys, monkeypatch, tmp_path_factory, reward, name):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
+    monkeypatch.setattr(flow_grpo, "load_pipeline", None)
+    Path("geneval.jsonl").write_text(GENEVAL)
+    fails(arguments("unused", reward=reward, prompt_file="geneval.jsonl"), capsys, name, "--reward", "network")
+
+
+@pytest.mark.parametrize("reward", ["ocr=x", "ocr=nan", "ocr,ocr=2", "ocr,", "a/b.py:f,c/b.py:f", "=1"])
+def test_bad_sums_of_rewards(model, work, capsys, reward):
+    fails(arguments(model, reward=reward), capsys, "--reward", "geneval=0.7,pickscore=0.3")
+
+
+def test_large_and_foreign_prompt_files(work):
+    lines = [f'A street, "sign {i}"' for i in range(100_000)]
+    Path("large.txt").write_bytes(("\ufeff" + "\r\n\r\n".join(lines)).encode())
+    start = time.time()
+    assert [r["prompt"] for r in flow_grpo.read_prompts("large.txt")] == lines
+    Path("large.jsonl").write_bytes("\r\n".join(GENEVAL.splitlines() * 25_000).encode())
+    records = flow_grpo.read_prompts("large.jsonl", [flow_grpo.check_geneval])
+    assert len(records) == 100_000 and records[3]["include"][1]["position"] == ["left of", 0]
+    assert time.time() - start < 20
+    Path("separators.txt").write_text('a\u2028b "1"\n')  # a line ends at \\n alone
+    assert len(flow_grpo.read_prompts("separators.txt")) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
