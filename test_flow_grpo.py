@@ -399,6 +399,22 @@ def test_reference_is_the_base_model(model, work):
     assert not torch.allclose(v(), before, atol=1e-3)
 
 
+def test_step_weights_take_the_steps_own_scale_out_of_the_gradient():
+    times = flow_grpo.sigmas(FlowMatchEulerDiscreteScheduler(shift=3.0), 10)
+    assert flow_grpo.step_weights(times, flow_grpo.Config()) == [1] * 9
+    weights = flow_grpo.step_weights(times, flow_grpo.Config(noise_level=1.0, trained_steps=7, step_balance=1.0))
+    assert len(weights) == 7 and sum(weights) == pytest.approx(7)
+    norms = []
+    for k, weight in enumerate(weights):
+        v, x, noise = latents(0)
+        v.requires_grad_()
+        _, _, mean, std = sde_step(v, x, times[k], times[k + 1], 1.0)
+        log_prob = sde_step(v, x, times[k], times[k + 1], 1.0, (mean + std * noise).detach())[1]
+        norms.append(weight * torch.autograd.grad(log_prob.sum(), v)[0].norm().item())
+    assert norms[1:] == pytest.approx([norms[1]] * 6, rel=1e-3)  # at t = 1 the drift has no second term
+    assert norms[0] == pytest.approx(norms[1] / 1.5, rel=1e-3)
+
+
 def test_update_moves_log_probs_with_the_advantages(model, work):
     """One step raises the likelihood of what was better than its group and lowers that of what was worse."""
     run = prepare(arguments(model, updates_per_epoch=1, learning_rate=1e-4, guidance_scale=1, clip_range=1))
@@ -617,6 +633,8 @@ BAD_FLAGS = [
     ({"learning_rate": "nan"}, ["--learning-rate is nan"]),
     ({"noise_level": 0}, ["--noise-level is 0"]),
     ({"guidance_scale": 0.5}, ["--guidance-scale is 0.5"]),
+    ({"trained_steps": 11}, ["--trained-steps is 11", "10 at most"]),
+    ({"step_balance": -1}, ["--step-balance is -1"]),
     ({"max_sequence_length": 600}, ["--max-sequence-length is 600", "512"]),
     ({"learning_rate": 1e30}, ["not finite", "--learning-rate"]),
 ]
@@ -1190,10 +1208,11 @@ def test_default_run_is_the_embedded_model_and_learns(tmp_path, monkeypatch, cap
     shutil.copy(HERE / "prompts.txt", tmp_path)
     Path("eval.txt").write_text("".join((tmp_path / "prompts.txt").read_text().splitlines(True)[:128]))
     Path("train.txt").write_text("".join((tmp_path / "prompts.txt").read_text().splitlines(True)[128:]))
-    flags = ["--prompt-file", "train.txt", "--eval-prompt-file", "eval.txt", "--epochs", "30", "--eval-every", "30", "--output-dir", "out"]
-    assert flow_grpo.main(flags + ["--ema-interval", "1"]) == 0
-    first_line = capsys.readouterr().out.splitlines()[0]
-    assert "No CUDA GPU" in first_line and "tiny-sd3" in first_line
-    lines = metrics()
-    before, after = lines[0], lines[-1]
-    assert after["epoch"] == 30 and after["eval_reward"] > before["eval_reward"] + 0.01
+    flags = ["--prompt-file", "train.txt", "--eval-prompt-file", "eval.txt", "--output-dir", "out"]
+    assert flow_grpo.main(flags + ["--epochs", "12", "--eval-every", "12", "--ema-interval", "1"]) == 0
+    first_lines = capsys.readouterr().out.splitlines()
+    assert "No CUDA GPU" in first_lines[0] and "tiny-sd3" in first_lines[0]
+    assert "reward is ocr" in first_lines[1]
+    before, after = metrics()[0], metrics()[-1]
+    assert after["epoch"] == 12 and after["eval_reward"] > before["eval_reward"] + 0.02
+    assert after["eval_ocr_accuracy"] > before["eval_ocr_accuracy"]
