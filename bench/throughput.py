@@ -107,7 +107,7 @@ def forward_flops(run: f.Run) -> int:
 def needed_flops(run: f.Run) -> tuple[int, int]:
     """FLOP per image of the rollout and of the update. A backward pass costs a forward: the weights need no gradient."""
     one, guided = forward_flops(run), 2 if run.config.guidance_scale != 1 else 1
-    trained = f.TRAIN_STEPS - 1
+    trained = run.config.trained_steps
     return one * f.TRAIN_STEPS * guided, one * trained * (guided + 1 + (guided if run.config.beta > 0 else 0))
 
 
@@ -206,7 +206,7 @@ def plain_epoch(run: f.Run, encoders: StableDiffusion3Pipeline, epoch: int) -> d
     advantages = f.group_advantages(torch.cat([b[3] for b in batches]).view(-1, config.group_size)).flatten()
     for (batch, path, log_probs, _), advantage in zip(batches, advantages.split(config.batch_size)):
         text = encode(batch)
-        for k in range(f.TRAIN_STEPS - 1):
+        for k in range(config.trained_steps):
             v = guided_velocity(path[k], times[k], text)
             _, log_prob, _, _ = f.sde_step(v, path[k], times[k], times[k + 1], config.noise_level, path[k + 1])
             kl = torch.zeros(len(batch))
