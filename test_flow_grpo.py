@@ -415,6 +415,18 @@ def test_step_weights_take_the_steps_own_scale_out_of_the_gradient():
     assert norms[0] == pytest.approx(norms[1] / 1.5, rel=1e-3)
 
 
+def test_the_update_weighs_each_steps_loss(model, work, monkeypatch):
+    def grad_norm(trained_steps):
+        run = prepare(arguments(model, updates_per_epoch=1, guidance_scale=1, trained_steps=trained_steps))
+        samples, _ = flow_grpo.collect(run, torch.Generator().manual_seed(0))
+        return flow_grpo.update(run, samples, torch.Generator().manual_seed(0))["grad_norm"]
+
+    first, all_nine = grad_norm(1), grad_norm(9)
+    assert first != pytest.approx(all_nine, rel=0.01)
+    monkeypatch.setattr(flow_grpo, "step_weights", lambda times, config: [9] + [0] * 8)
+    assert grad_norm(9) == pytest.approx(first, rel=1e-4)
+
+
 def test_update_moves_log_probs_with_the_advantages(model, work):
     """One step raises the likelihood of what was better than its group and lowers that of what was worse."""
     run = prepare(arguments(model, updates_per_epoch=1, learning_rate=1e-4, guidance_scale=1, clip_range=1))
@@ -940,12 +952,16 @@ def test_colors_are_named_by_clip_on_each_objects_crop(reward_models, monkeypatc
     found = [{"bench": (boxes[0], masks[0])}, {"bench": (boxes[1, :1], masks[1, :1])}]
     monkeypatch.setattr(flow_grpo, "detect", lambda images, records: found)
 
+    seen, embed = [], flow_grpo.clip_images
+    monkeypatch.setattr(flow_grpo, "clip_images", lambda crops: (seen.extend(crops), embed(crops))[1])
+
     model, _, transform = open_clip.create_model_and_transforms(flow_grpo.CLIP)
     tokenizer = open_clip.get_tokenizer(flow_grpo.CLIP)
-    names = []
+    names, pixels = [], []
     for i, j in [(0, 0), (0, 1), (1, 0)]:
         grey = Image.new("RGB", (64, 64), "#999")
         crop = Image.composite(pils[i], grey, Image.fromarray(masks[i, j].numpy())).crop(boxes[i, j].tolist())
+        pixels.append(torch.frombuffer(bytearray(crop.tobytes()), dtype=torch.uint8).view(crop.height, crop.width, 3) / 255)
         with torch.no_grad():
             image = model.eval().encode_image(transform(crop)[None])
             scores = []
@@ -964,6 +980,8 @@ def test_colors_are_named_by_clip_on_each_objects_crop(reward_models, monkeypatc
         share = sum(n == first for n in names[:2]) / 2
         assert scores.tolist() == pytest.approx([(1 + share) / 2, (1 + (second == names[2])) / 2])
         assert correct.tolist() == [share == 1, second == names[2]]
+    for crop, expected in zip(seen[:3], pixels):
+        assert torch.allclose(crop, expected.permute(2, 0, 1), atol=1e-6)
     none = [record(3, names[0]), record(2, names[2])]  # too few objects: no colour is asked for
     monkeypatch.setattr(flow_grpo, "clip_images", None)
     assert flow_grpo.geneval_verdicts(images, none)[0].tolist() == pytest.approx([(2 / 3) / 2, 0.5 / 2])
