@@ -411,6 +411,8 @@ def geneval_score(
             1 if all stand as asked to those of a clause that holds as exactly. The mean over the parts.
         correct, the verdict of the benchmark: each clause holds for the `count` most confident objects, and no `exclude`
             count is reached.
+    Raises ValueError if a colour is to be judged without `color_of`.
+
     They differ on purpose. The score is graded, so that a group of images differs before any is right, and it counts
     objects too many, which the benchmark lets pass unless a clause excludes them: a policy would fill its images with them.
     """
@@ -424,6 +426,8 @@ def geneval_score(
         parts.append(max(0.0, 1 - abs(len(found) - count) / count))
         right = count
         if clause.get("color"):
+            if holds and color_of is None:
+                raise ValueError("a clause with a color needs color_of")
             right = sum(color_of(name, i) == clause["color"] for i in range(count)) if holds else 0
             parts.append(right / count if is_exact else 0.0)
         exact.append(judged if is_exact and right == count else None)

@@ -1100,6 +1100,8 @@ def test_geneval_score_by_hand():
     assert judge(red, {"car": two}, lambda name, i: "red") == (1, True)
     assert judge(red, {"car": two + one}, lambda name, i: ["red", "red", "no"][i]) == (0.25, True)
     assert judge(red, {"car": one}, None) == (0.25, False)  # too few: no colour is asked for
+    with pytest.raises(ValueError, match="color_of"):
+        judge(red, {"car": two})
     nulls = {"include": [{"class": "car", "count": 1, "color": None, "position": None}]}
     assert judge(nulls, {"car": one}) == (1, True)
     beside = {"include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["right of", 0]}]}
