@@ -181,11 +181,17 @@ def rollout(
     noise_level: float,
     guidance_scale: float,
     generator: torch.Generator | None = None,
+    graph: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Denoise x [B, C, H, W] along `times` [T + 1]: latents [B, T + 1, C, H, W] and their log_probs [B, T]."""
+    """Denoise x [B, C, H, W] along `times` [T + 1]: latents [B, T + 1, C, H, W] and their log_probs [B, T].
+
+    `graph` builds the update's graph and drops it: kernels that are compiled without one round differently, and in half
+    precision the ratio would show it.
+    """
     latents, log_probs = [x], []
     for t, t_next in zip(times[:-1], times[1:]):
-        v = velocity(transformer, latents[-1], t, text, null_text, guidance_scale)
+        with torch.set_grad_enabled(graph):
+            v = velocity(transformer, latents[-1], t, text, null_text, guidance_scale).detach()
         x, log_prob, _, _ = sde_step(v, latents[-1], t, t_next, noise_level, generator=generator)
         latents.append(x)
         log_probs.append(log_prob)
@@ -677,6 +683,7 @@ class Config:
     width: int = setting(512, "pixels")
     max_sequence_length: int = setting(128, "T5 tokens (without T5, zeros that stand for them)")
     eval_every: int = setting(20, "epochs between evaluations")
+    compile: bool = setting(True, "compile the network's blocks: some minutes once, each epoch faster")
     seed: int = setting(0, "of the adapter, the prompts' order and the noise")
 
 
@@ -684,13 +691,13 @@ class Config:
 LAPTOP = dict(
     epochs=120, prompts_per_epoch=12, group_size=16, batch_size=96, learning_rate=1e-3, beta=0.0, clip_range=1e-3,
     guidance_scale=1.0, noise_level=1.0, trained_steps=7, step_balance=1.0, lora_rank=16, ema_interval=4,
-    height=32, width=64, max_sequence_length=1, eval_every=40,
+    height=32, width=64, max_sequence_length=1, eval_every=40, compile=False,
 )  # fmt: skip
 
 
 def check(config: Config) -> None:
     """Refuse settings that can't work."""
-    least = {"group_size": 2, "guidance_scale": 1, "beta": 0, "seed": 0, "step_balance": 0}  # the other numbers: above 0
+    least = {"group_size": 2, "guidance_scale": 1, "beta": 0, "seed": 0, "step_balance": 0, "compile": 0}  # the other numbers: above 0
     for name, value in dataclasses.asdict(config).items():
         flag = f"--{name.replace('_', '-')}"
         if name in least and not value >= least[name]:
@@ -821,6 +828,13 @@ class Run:
         texts = [self.texts[r["prompt"]] for r in records]
         return Text(*(torch.stack(e).to(self.pipe.device) for e in zip(*texts)))
 
+    def whole(self, batch: list) -> list:
+        """A batch, filled up by repeats where every pass of the network must have the same shape: compiled blocks are made
+        for one, and in half precision another shape may take other kernels, whose rounding would show in the ratio."""
+        if not self.config.compile and self.pipe.transformer.dtype == torch.float32:
+            return batch
+        return [batch[i % len(batch)] for i in range(self.config.batch_size)]
+
     @property
     def null_text(self) -> Text:
         return self.text([{"prompt": ""}])
@@ -851,13 +865,40 @@ def assemble(config: Config, pipe, reward: list[Part], train_records, eval_recor
     device, dtype = device_and_dtype()
     parameters = add_adapter(pipe.transformer, config)
     pipe.to(device)
-    return Run(
+    run = Run(
         config, pipe, reward, train_records, eval_records, texts, parameters,
         ema=[p.detach().clone() for p in parameters],
         optimizer=torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=1e-4),
         # A log_prob is a mean over some 65,536 elements: its gradients would underflow in half precision, unscaled.
         scaler=torch.amp.GradScaler(device, growth_interval=100, enabled=dtype == torch.float16),
     )  # fmt: skip
+    if config.compile:
+        compile_blocks(run)
+    return run
+
+
+def compile_blocks(run: Run) -> None:
+    """Compile the transformer's blocks and try each form that a run needs; if that fails, say so and go on without."""
+    config, transformer = run.config, run.pipe.transformer
+    print("Compiling the network's blocks, which takes some minutes.", flush=True)
+    # A form of a block for each kind of block, with a graph and without, with the adapter and without: more than the 8
+    # at which torch would silently give up.
+    torch.compiler.config.recompile_limit = 256
+    for block in transformer.transformer_blocks:
+        block.compile(dynamic=False)
+    text = run.text([{"prompt": ""}] * config.batch_size)
+    x = torch.zeros(config.batch_size, *run.latent_shape, device=run.pipe.device)
+    try:
+        log_prob, kl = score_step(run, x, x, 1.0, 0.5, text, run.null_text)
+        (log_prob + kl).sum().backward()
+        with torch.no_grad():
+            velocity(transformer, x, 1.0, text, run.null_text, 1)
+    except Exception as e:  # no compiler, or one that fails: there are many ways
+        if out_of_memory(e):
+            raise
+        torch.compiler.set_stance("force_eager")
+        print(f"torch.compile does not work here, so this goes on without it, slower ({one_line(e)[:150]}).", flush=True)
+    run.optimizer.zero_grad(set_to_none=True)
 
 
 def add_adapter(transformer, config: Config) -> list[torch.nn.Parameter]:
@@ -930,11 +971,13 @@ def collect(run: Run, generator: torch.Generator) -> tuple[Samples, dict[str, fl
     with bar(len(records), "rollout") as rolling, bar(len(records), "scoring") as scoring:
         for i in range(0, len(records), config.batch_size):
             batch, start = records[i : i + config.batch_size], time.perf_counter()
-            noise = torch.randn(len(batch), *run.latent_shape, generator=generator).to(device)
+            text = run.text(run.whole(batch))
+            noise = torch.randn(len(text.embeds), *run.latent_shape, generator=generator).to(device)
             path, log_prob = rollout(
-                run.pipe.transformer, noise, run.text(batch), null_text, times, config.noise_level,
-                config.guidance_scale, generator,
+                run.pipe.transformer, noise, text, null_text, times, config.noise_level, config.guidance_scale,
+                generator, graph=config.compile,
             )  # fmt: skip
+            path, log_prob = path[: len(batch)], log_prob[: len(batch)]
             images = decode(run.pipe.vae, path[:, -1])
             latents.append(path.cpu())
             log_probs.append(log_prob.cpu())
@@ -993,11 +1036,13 @@ def update(run: Run, samples: Samples, generator: torch.Generator) -> dict[str, 
     with bar(len(kept), "update") as progress:
         for chunk in chunks:
             for i in chunk.split(config.batch_size):
-                text, latents = run.text([samples.records[j] for j in i]), samples.latents[i].to(device)
+                whole = run.whole(i.tolist())
+                text, latents = run.text([samples.records[j] for j in whole]), samples.latents[whole].to(device)
                 old_log_probs, advantage = samples.log_probs[i].to(device), advantages[i].to(device)
                 for k, step_weight in enumerate(weights):
                     times = all_times[k], all_times[k + 1]
-                    log_prob, kl = score_step(run, latents[:, k], latents[:, k + 1], *times, text, null_text)
+                    scored = score_step(run, latents[:, k], latents[:, k + 1], *times, text, null_text)
+                    log_prob, kl = (s[: len(i)] for s in scored)
                     old = old_log_probs[:, k]
                     loss, stats = grpo_loss(log_prob, old, advantage, kl, config.clip_range, config.beta)
                     weight = len(i) / len(chunk) / len(weights)
@@ -1031,14 +1076,14 @@ def evaluate(run: Run) -> tuple[dict[str, float], Tensor]:
     with averaged(run), bar(len(run.eval_records), "evaluation") as progress:
         for i in range(0, len(run.eval_records), config.batch_size):
             batch = run.eval_records[i : i + config.batch_size]
-            text = run.text(batch)
+            text = run.text(run.whole(batch))
             noise = [  # prompt i has seed i; drawn as StableDiffusion3Pipeline draws it from such generators
                 torch.randn(1, *run.latent_shape, generator=torch.Generator().manual_seed(j), dtype=text.embeds.dtype)
-                for j in range(i, i + len(batch))
+                for j in range(i, i + len(text.embeds))
             ]
             x = torch.cat(noise).float().to(run.pipe.device)
             latents, _ = rollout(run.pipe.transformer, x, text, null_text, times, 0.0, config.guidance_scale)
-            images = decode(run.pipe.vae, latents[:, -1])
+            images = decode(run.pipe.vae, latents[: len(batch), -1])
             scores.append(score_images(run.reward, images, batch))
             shown.append(images[: max(0, 16 - i)].cpu())
             progress.update(len(batch))
@@ -1220,7 +1265,7 @@ def write_curve(metrics: list[dict], path: Path) -> None:
 # ---- Command line.
 
 # What --resume lets one change: the rest, and the prompts themselves, must be as they were.
-MAY_CHANGE = {"prompt_file", "eval_prompt_file", "output_dir", "epochs", "batch_size", "eval_every"}
+MAY_CHANGE = {"prompt_file", "eval_prompt_file", "output_dir", "epochs", "batch_size", "eval_every", "compile"}
 
 
 def configure(argv: list[str] | None) -> tuple[Config, Path, bool]:
@@ -1235,7 +1280,8 @@ def configure(argv: list[str] | None) -> tuple[Config, Path, bool]:
             laptop = f"; {LAPTOP[field.name]} with tiny-sd3" if field.name in LAPTOP else ""
             text += f" (default {field.default}{laptop})"
         kind = str if field.default is None else type(field.default)
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, help=text)
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        parser.add_argument(f"--{field.name.replace('_', '-')}", help=text, **how)
     parser.add_argument("--resume", nargs="?", const="", metavar="DIR", help="go on with the run in DIR or --output-dir")
     given = vars(parser.parse_args(argv))
 

@@ -299,13 +299,14 @@ def work(tmp_path, monkeypatch):
     return tmp_path
 
 
-def arguments(model, out="out", reward="rewards.py:red", **flags):
+def arguments(model, out="out", reward="rewards.py:red", compile=False, **flags):
     flags = {
         "prompt-file": "prompts.txt", "model": model, "reward": reward, "output-dir": out, "epochs": 3,
         "prompts-per-epoch": 2, "group-size": 4, "batch-size": 3, "guidance-scale": 2, "height": 16, "width": 16,
         "max-sequence-length": 5, "learning-rate": 1e-2, "eval-every": 2, "lora-rank": 4, "ema-interval": 1,
     } | {name.replace("_", "-"): value for name, value in flags.items()}  # fmt: skip
-    return [str(part) for name, value in flags.items() if value is not None for part in (f"--{name}", value)]
+    given = [str(part) for name, value in flags.items() if value is not None for part in (f"--{name}", value)]
+    return given + ["--compile" if compile else "--no-compile"]
 
 
 def prepare(args):
@@ -491,6 +492,76 @@ def test_loss_scaling_changes_nothing_but_the_range(model, work):
     assert scaler.get_scale() == 2.0 and all(torch.equal(a, b) for a, b in zip(before, run.parameters))
 
 
+def epoch(run):
+    """One epoch: its samples, the first micro-batch's loss and gradient at a step, and the update's statistics."""
+    generator = torch.Generator().manual_seed(0)
+    samples, _ = flow_grpo.collect(run, generator)
+    times, x = flow_grpo.sigmas(run.pipe.scheduler, 10), samples.latents[: run.config.batch_size]
+    text = run.text(samples.records[: len(x)])
+    log_prob, kl = flow_grpo.score_step(run, x[:, 3], x[:, 4], times[3], times[4], text, run.null_text)
+    advantages = torch.linspace(-1, 1, len(x))
+    loss, _ = grpo_loss(log_prob, samples.log_probs[: len(x), 3], advantages, kl, 0.1, 0.04)
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, run.parameters)])
+    return samples, loss.detach(), gradient, flow_grpo.update(run, samples, generator)
+
+
+def test_compiled_blocks_give_the_same_numbers(any_model, work):
+    """In float32, to 1e-4 of the largest: log-probs, loss, gradients, and the weights after two updates."""
+    results = []
+    for compiled in (False, True):
+        run = prepare(arguments(any_model, compile=compiled, batch_size=4))
+        for p in run.parameters:  # an adapter that does something: at first it is zero
+            p.data.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+        results.append((run, *epoch(run)))
+    (plain, samples, loss, gradient, stats), (run, compiled_samples, compiled_loss, compiled_gradient, compiled) = results
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert torch.allclose(samples.log_probs, compiled_samples.log_probs, atol=1e-4)
+    assert torch.allclose(samples.latents, compiled_samples.latents, atol=1e-3)
+    assert torch.allclose(loss, compiled_loss, atol=1e-4)
+    assert gradient.norm() > 0 and (gradient - compiled_gradient).norm() < 1e-3 * gradient.norm()
+    assert compiled["ratio_deviation"] < 1e-5 and compiled["kl"] == pytest.approx(stats["kl"], rel=1e-2)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_ratios_are_one_in_half_precision(model, work, monkeypatch, compiled):
+    """By the same shapes and the same kernels: 256 elements a latent average no rounding away."""
+    monkeypatch.setattr(flow_grpo, "device_and_dtype", lambda: ("cpu", torch.float16))
+    run = prepare(arguments(model, compile=compiled, batch_size=3, beta=0.1))  # batches of 3, 3, 2; then 3, 1, 3, 1
+    for p in run.parameters:
+        p.data.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    shapes = set()
+    run.pipe.transformer.register_forward_pre_hook(lambda _, args: shapes.add(tuple(args[0].shape)))
+    samples, _ = flow_grpo.collect(run, torch.Generator().manual_seed(0))
+    stats = flow_grpo.update(run, samples, torch.Generator().manual_seed(0))
+    flow_grpo.evaluate(run)
+    assert stats["ratio_deviation"] < 1e-5 and stats["trained"] == 1 and shapes == {(3, 4, 8, 8)}
+
+
+def test_filled_up_batches_count_once(model, work, monkeypatch):
+    """The repeats that make the last batch whole change neither the samples' number nor the gradient."""
+    norms = []
+    for whole in (False, True):
+        run = prepare(arguments(model, batch_size=3, updates_per_epoch=1, guidance_scale=1))
+        samples, _ = flow_grpo.collect(run, torch.Generator().manual_seed(0))
+        if whole:
+            monkeypatch.setattr(flow_grpo.Run, "whole", lambda _, batch: [batch[i % len(batch)] for i in range(3)])
+            assert len(flow_grpo.collect(run, torch.Generator().manual_seed(0))[0].log_probs) == 8
+            assert len(flow_grpo.evaluate(run)[1]) == len(run.eval_records) == 4
+        norms.append(flow_grpo.update(run, samples, torch.Generator().manual_seed(0))["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5) and norms[0] > 0
+
+
+def test_without_a_compiler_training_goes_on(model, work, monkeypatch, capsys):
+    torch.compiler.reset()
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/such/compiler",))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    try:
+        assert flow_grpo.main(arguments(model, compile=True, epochs=1)) == 0
+    finally:
+        torch.compiler.set_stance("default")
+    assert "torch.compile does not work here" in capsys.readouterr().out
+
+
 def test_average_of_the_adapter(model, work):
     run = prepare(arguments(model, ema_interval=2, updates_per_epoch=2))
     start = [p.detach().clone() for p in run.parameters]
@@ -571,6 +642,13 @@ def test_interrupted_equals_uninterrupted(model, work, monkeypatch, capsys, wher
     assert "interrupted" in capsys.readouterr().err.strip().splitlines()[-1]
     monkeypatch.setattr(flow_grpo, where, original)
     assert flow_grpo.main(["--resume", "cut"]) == 0
+    same_run("out", "cut")
+
+
+def test_interrupted_equals_uninterrupted_when_compiled(model, work):
+    for out, epochs in (("out", 2), ("cut", 1)):
+        assert flow_grpo.main(arguments(model, out=out, epochs=epochs, eval_every=1, compile=True)) == 0
+    assert flow_grpo.main(["--resume", "cut", "--epochs", "2"]) == 0
     same_run("out", "cut")
 
 

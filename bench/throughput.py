@@ -3,18 +3,22 @@
     python bench/throughput.py                          SD3.5 Medium at its real size, 512x512, on a GPU
     python bench/throughput.py --model tiny-sd3         the embedded model on the CPU, beside a plain loop
 
-For each batch size: images/s of the rollout, of the update and of both, as medians with the least and the most; peak
-memory; TFLOP/s, counted from the work that the algorithm needs, and their share of what a large matrix product sustains
-on the same device in the same run; and the time of an epoch of the run's own size.
+For a plain loop, for flow_grpo.py without and with compiled blocks, and for each batch size: images/s of the rollout, of the
+update and of both, as medians with the least and the most; peak memory; TFLOP/s, counted from the work that the algorithm
+needs, and their share of what a large matrix product sustains on the same device in the same run; how far the first
+update's ratios are from 1; and the time of an epoch of 48 x 24 images.
 """
 
 import argparse
 import dataclasses
+import functools
+import math
 import resource
 import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Callable, Sequence
 
 import torch
 from diffusers import (
@@ -83,11 +87,9 @@ def matmul_rate(device: str) -> float:
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     seconds = []
     for _ in range(12):
-        synchronize()
-        start = time.perf_counter()
+        start = now()
         a @ b
-        synchronize()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(now() - start)
     return 2 * n**3 / statistics.median(seconds[2:])
 
 
@@ -123,122 +125,183 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform != "darwin" else 1e9)
 
 
+def now() -> float:
+    synchronize()
+    return time.perf_counter()
+
+
 def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
 
 
-def measure(run: f.Run, batch_size: int, repetitions: int, peak_rate: float) -> None:
-    """One line of the table: `repetitions` rollouts and updates of two micro-batches, after one to warm up."""
-    images = 2 * batch_size
-    config = dataclasses.replace(
-        run.config, batch_size=batch_size, prompts_per_epoch=1, group_size=images, updates_per_epoch=1
-    )
-    run = dataclasses.replace(run, config=config)
-    rollouts, updates = [], []
-    reset_peak()
-    for i in range(repetitions + 1):
-        generator = torch.Generator().manual_seed(i)
-        synchronize()
-        start = time.perf_counter()
-        samples, _ = f.collect(run, generator)
-        synchronize()
-        middle = time.perf_counter()
-        f.update(run, samples, generator)
-        synchronize()
-        rollouts.append(middle - start)
-        updates.append(time.perf_counter() - middle)
-    rollouts, updates = rollouts[1:], updates[1:]
-    both = [a + b for a, b in zip(rollouts, updates)]
-    rate = images * sum(needed_flops(run)) / statistics.median(both)
-    epoch = statistics.median(both) / images * 48 * 24
-    per_second = (spread([images / s for s in seconds]) for seconds in (rollouts, updates, both))
-    print(
-        f"{batch_size:5} | " + " | ".join(f"{p:21}" for p in per_second)
-        + f" | {peak_memory():6.1f} | {rate / 1e12:7.3g} | {rate / peak_rate:5.0%} | {epoch / 60:8.1f}", flush=True
-    )  # fmt: skip
+def plain_velocity(transformer, x, t: float, text: f.Text, null_text: f.Text, guidance_scale: float):
+    """As one would write it first: conditional and unconditional in one batch, both with a graph if there is one."""
+    if guidance_scale == 1:
+        return f.velocity(transformer, x, t, text, null_text, 1.0)
+    both = f.Text(*(torch.cat([e, n.expand_as(e)]) for e, n in zip(text, null_text)))
+    conditional, unconditional = f.velocity(transformer, x.repeat(2, 1, 1, 1), t, both, null_text, 1.0).chunk(2)
+    return unconditional.detach() + guidance_scale * (conditional - unconditional.detach())
 
 
-def plain_epoch(run: f.Run, encoders: StableDiffusion3Pipeline, epoch: int) -> dict[str, float]:
-    """An epoch as one would write it first: text encoded for each batch, images judged one by one, every sample trained on,
-    and the unconditional velocity, if there is guidance, computed with its graph. Returns the seconds of each part."""
-    from rapidocr import RapidOCR
+class PlainLoop:
+    """Rollout and update as one would write them first. The `changes` that flow_grpo.py makes can be added one by one.
 
-    config, pipe = run.config, run.pipe
-    engine = RapidOCR(params={"Global.log_level": "error", "Det.limit_type": "max", "Det.limit_side_len": config.width})
-    prompts = [r["prompt"] for r in f.epoch_prompts(run.train_records, config, epoch) for _ in range(config.group_size)]
-    times, seconds = f.sigmas(pipe.scheduler, f.TRAIN_STEPS), {"rollout": 0.0, "scoring": 0.0, "update": 0.0}
+    Text is encoded for each batch (where there are encoders), images are judged one by one, the unconditional velocity has
+    a graph, every sample is trained on, and nothing is compiled.
+    """
+
+    def __init__(self, run: f.Run, encoders: StableDiffusion3Pipeline | None, changes: Sequence[str] = ()):
+        from rapidocr import RapidOCR
+
+        self.run, self.encoders, self.changes = run, encoders, changes
+        sized = {"Det.limit_type": "max", "Det.limit_side_len": run.config.width}
+        self.engine = RapidOCR(params={"Global.log_level": "error"} | (sized if "detector sized" in changes else {}))
 
     @torch.no_grad()
-    def encode(batch: list[str]) -> f.Text:
-        embeds, _, pooled, _ = encoders.encode_prompt(
-            batch, None, None, do_classifier_free_guidance=False, max_sequence_length=config.max_sequence_length
+    def encode(self, prompts: list[str]) -> f.Text:
+        config = self.run.config
+        if self.encoders is None or "text once" in self.changes:
+            return self.run.text([{"prompt": p} for p in prompts])
+        embeds, _, pooled, _ = self.encoders.encode_prompt(
+            prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=config.max_sequence_length
         )
         return f.Text(embeds, pooled)
 
-    def guided_velocity(x, t, text):
-        v = f.velocity(pipe.transformer, x, t, text, text, 1.0)
-        if config.guidance_scale == 1:
-            return v
-        empty = f.velocity(pipe.transformer, x, t, encode([""] * len(x)), text, 1.0)
-        return empty + config.guidance_scale * (v - empty)
-
-    batches = []
-    for i in range(0, len(prompts), config.batch_size):
-        start, batch = time.perf_counter(), prompts[i : i + config.batch_size]
-        text = encode(batch)
-        path, log_probs = [torch.randn(len(batch), *run.latent_shape)], []
-        with torch.no_grad():
-            for t, t_next in zip(times, times[1:]):
-                v = guided_velocity(path[-1], t, text)
-                x, log_prob, _, _ = f.sde_step(v, path[-1], t, t_next, config.noise_level)
-                path.append(x)
-                log_probs.append(log_prob)
-            images = f.decode(pipe.vae, path[-1])
-        middle = time.perf_counter()
+    def judge(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        records = [{"prompt": p} for p in prompts]
+        if self.encoders is None or "lines in parallel" in self.changes:
+            return f.score_images(self.run.reward, images, records)["reward"]
         rewards = []
-        for image, prompt in zip(images, batch):
-            pixels = (image * 255).byte().permute(1, 2, 0).flip(-1).numpy()
-            rewards.append(float("".join(engine(pixels).txts or ()) == f.quoted_text(prompt)))
-        seconds["rollout"] += middle - start
-        seconds["scoring"] += time.perf_counter() - middle
-        batches.append((batch, path, log_probs, torch.tensor(rewards)))
-    start = time.perf_counter()
-    advantages = f.group_advantages(torch.cat([b[3] for b in batches]).view(-1, config.group_size)).flatten()
-    for (batch, path, log_probs, _), advantage in zip(batches, advantages.split(config.batch_size)):
-        text = encode(batch)
-        for k in range(config.trained_steps):
-            v = guided_velocity(path[k], times[k], text)
-            _, log_prob, _, _ = f.sde_step(v, path[k], times[k], times[k + 1], config.noise_level, path[k + 1])
-            kl = torch.zeros(len(batch))
-            f.grpo_loss(log_prob, log_probs[k], advantage, kl, config.clip_range, 0.0)[0].backward()
-        run.optimizer.step()
+        for image, prompt in zip(images, prompts):
+            pixels = (image * 255).byte().permute(1, 2, 0).flip(-1).cpu().numpy()
+            rewards.append(float("".join(self.engine(pixels).txts or ()) == f.quoted_text(prompt)))
+        return torch.tensor(rewards)
+
+    def epoch(self, number: int) -> dict[str, float]:
+        """The seconds of each part."""
+        run, config, device = self.run, self.run.config, self.run.pipe.device
+        drawn = f.epoch_prompts(run.train_records, config, number)
+        prompts = [r["prompt"] for r in drawn for _ in range(config.group_size)]
+        times, seconds = f.sigmas(run.pipe.scheduler, f.TRAIN_STEPS), {"rollout": 0.0, "scoring": 0.0, "update": 0.0}
+        batches = []
+        for i in range(0, len(prompts), config.batch_size):
+            start, batch = now(), prompts[i : i + config.batch_size]
+            text, empty = self.encode(batch), self.encode([""])
+            path, log_probs = [torch.randn(len(batch), *run.latent_shape, device=device)], []
+            with torch.no_grad():
+                for t, t_next in zip(times, times[1:]):
+                    v = plain_velocity(run.pipe.transformer, path[-1], t, text, empty, config.guidance_scale)
+                    x, log_prob, _, _ = f.sde_step(v, path[-1], t, t_next, config.noise_level)
+                    path.append(x)
+                    log_probs.append(log_prob)
+                images = f.decode(run.pipe.vae, path[-1])
+            middle = now()
+            batches.append((batch, path, log_probs, self.judge(images, batch)))
+            seconds["rollout"] += middle - start
+            seconds["scoring"] += now() - middle
+        start = now()
+        advantages = f.group_advantages(torch.cat([b[3] for b in batches]).view(-1, config.group_size)).flatten()
+        for (batch, path, log_probs, _), advantage in zip(batches, advantages.to(device).split(config.batch_size)):
+            text, empty = self.encode(batch), self.encode([""])
+            for k in range(config.trained_steps):
+                step = path[k], times[k], text, empty, config.guidance_scale
+                kl = torch.zeros(len(batch), device=device)
+                v = plain_velocity(run.pipe.transformer, *step)
+                _, log_prob, mean, std = f.sde_step(v, path[k], times[k], times[k + 1], config.noise_level, path[k + 1])
+                if config.beta > 0:
+                    with torch.no_grad(), f.reference(run.pipe.transformer):
+                        v_ref = plain_velocity(run.pipe.transformer, *step)
+                    ref_mean = f.sde_step(v_ref, path[k], times[k], times[k + 1], config.noise_level, path[k + 1])[2]
+                    kl = f.gaussian_kl(mean, ref_mean, std)
+                loss, _ = f.grpo_loss(log_prob, log_probs[k], advantage, kl, config.clip_range, config.beta)
+                run.scaler.scale(loss).backward()
+        run.scaler.unscale_(run.optimizer)
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
         run.optimizer.zero_grad()
-    seconds["update"] = time.perf_counter() - start
-    return seconds
+        seconds["update"] = now() - start
+        return seconds | {"epoch": sum(seconds.values())}
+
+
+def our_epoch(run: f.Run, number: int) -> dict[str, float]:
+    """An epoch of flow_grpo.py: the seconds of each part, and how far the first update's ratios are from 1."""
+    run.epoch, generator, start = number, torch.Generator().manual_seed(number), now()
+    samples, seconds = f.collect(run, generator)
+    middle = now()
+    stats = f.update(run, samples, generator)
+    end = now()
+    scoring = seconds["seconds_scoring"]
+    return {"rollout": middle - start - scoring, "scoring": scoring, "update": end - middle, "epoch": end - start,
+            "deviation": stats["ratio_deviation"]}  # fmt: skip
+
+
+def measure(loop: Callable[[int], dict], run: f.Run, repetitions: int, peak_rate: float) -> str:
+    """The columns of the table: two micro-batches of rollout and update, after one repetition to warm up."""
+    reset_peak()
+    epochs = [loop(i) for i in range(repetitions + 1)][1:]
+    images = run.config.group_size
+    seconds = statistics.median(e["epoch"] for e in epochs)
+    rate = images * sum(needed_flops(run)) / seconds
+    columns = [spread([images / e[part] for e in epochs]) for part in ("rollout", "update", "epoch")]
+    deviation = max(e.get("deviation", math.nan) for e in epochs)
+    return " | ".join(f"{c:21}" for c in columns) + (
+        f" | {peak_memory():7.1f} | {rate / 1e12:7.3g} | {rate / peak_rate:5.0%} | {deviation:9.1e}"
+        f" | {seconds / images * 48 * 24 / 60:8.1f}"
+    )
+
+
+def table(make_run: Callable[[bool, int], f.Run], batch_sizes: list[int], repetitions: int, peak_rate: float) -> None:
+    """A line for each loop and batch size."""
+    print(f"{'loop':20} | batch | rollout images/s      | update images/s       | both images/s         | peak GB | TFLOP/s | "
+          "share | ratio - 1 | minutes for 48 x 24")  # fmt: skip
+    for name in ("plain", "flow_grpo", "flow_grpo, compiled"):
+        for batch_size in batch_sizes:
+            try:
+                run = make_run(name.endswith("compiled"), batch_size)
+                loop = PlainLoop(run, None).epoch if name == "plain" else functools.partial(our_epoch, run)
+                columns = measure(loop, run, repetitions, peak_rate)
+            except torch.OutOfMemoryError:
+                columns = "out of memory"
+            print(f"{name:20} | {batch_size:5} | {columns}", flush=True)
+            run = loop = None
+            torch.compiler.reset()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
 
 def compare_with_plain_loop(repetitions: int) -> None:
-    """Epochs of the embedded model's default run, by flow_grpo.py and by a plain loop, in turn, on the same prompts."""
-    config = f.Config(prompt_file=str(f.TINY.parent / "prompts.txt"), model=str(f.TINY), reward="ocr", **f.LAPTOP)
+    """Epochs of the embedded model's default run as a plain loop, with the changes that lead from it to flow_grpo.py."""
+    config = embedded_config()
     run, encoders = f.prepare(config), f.load_pipeline(config, torch.float32)
-    ours, plain = [], []
-    for epoch in range(repetitions + 1):
-        run.epoch = epoch
-        start = time.perf_counter()
-        samples, seconds = f.collect(run, torch.Generator().manual_seed(epoch))
-        middle = time.perf_counter()
-        f.update(run, samples, torch.Generator().manual_seed(epoch))
-        update = time.perf_counter() - middle
-        ours.append({"rollout": seconds["seconds_rollout"], "scoring": seconds["seconds_scoring"], "update": update}
-                    | {"epoch": time.perf_counter() - start})  # fmt: skip
-        parts = plain_epoch(run, encoders, epoch)
-        plain.append(parts | {"epoch": sum(parts.values())})
+    loops = {
+        "plain loop": PlainLoop(run, encoders).epoch,
+        "+ text detector sized to the signs": PlainLoop(run, encoders, ["detector sized"]).epoch,
+        "+ text encoded once": PlainLoop(run, encoders, ["detector sized", "text once"]).epoch,
+        "+ signs read as lines, in parallel": PlainLoop(run, encoders, ["text once", "lines in parallel"]).epoch,
+        "flow_grpo": functools.partial(our_epoch, run),
+    }
     print(f"\nSeconds an epoch of {config.prompts_per_epoch} x {config.group_size} images, medians of {repetitions}:")
-    print(f"{'':12}" + "".join(f"{name:>22}" for name in ours[0]))
-    for name, rows in (("flow_grpo", ours[1:]), ("plain loop", plain[1:])):
-        print(f"{name:12}" + "".join(f"{spread([r[part] for r in rows]):>22}" for part in rows[0]))
-    ratio = statistics.median(r["epoch"] for r in plain[1:]) / statistics.median(r["epoch"] for r in ours[1:])
-    print(f"{ratio:.1f} times as fast as the plain loop")
+    parts = "rollout", "scoring", "update", "epoch"
+    print(f"{'':36}" + "".join(f"{name:>22}" for name in parts))
+    for name, loop in loops.items():
+        epochs = [loop(i) for i in range(repetitions + 1)][1:]
+        print(f"{name:36}" + "".join(f"{spread([e[part] for e in epochs]):>22}" for part in parts), flush=True)
+
+
+def profile(run: f.Run) -> None:
+    """Where the time of one rollout and update goes."""
+    our_epoch(run, 0)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        our_epoch(run, 1)
+    key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    print(profiler.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=60))
+
+
+def embedded_config() -> f.Config:
+    return f.Config(prompt_file=str(f.TINY.parent / "prompts.txt"), model=str(f.TINY), reward="ocr", **f.LAPTOP)
 
 
 def main() -> None:
@@ -247,6 +310,7 @@ def main() -> None:
                         help="`small` has the same parts at a size that a CPU can run: a check of the bench itself")  # fmt: skip
     parser.add_argument("--batch-sizes", type=int, nargs="+", help="default: 1 2 4 8 16; 48 96 192 for tiny-sd3")
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="show where the time goes instead, by kernel")
     args = parser.parse_args()
     if args.model == "sd3.5-medium" and not torch.cuda.is_available():
         sys.exit("error: no CUDA GPU was found, which SD3.5 Medium needs: use --model tiny-sd3 or --model small")
@@ -255,22 +319,28 @@ def main() -> None:
     peak_rate = matmul_rate(device)
     print(f"{args.model} in {dtype} on {name}, torch {torch.__version__}; matrix product: {peak_rate / 1e12:.3g} TFLOP/s")
     if args.model == "tiny-sd3":
-        config = f.Config(prompt_file=str(f.TINY.parent / "prompts.txt"), model=str(f.TINY), reward="ocr", **f.LAPTOP)
-        run = f.prepare(config)
-        run.reward = [f.Part("random", 1.0, random_reward)]
+        config, shape = embedded_config(), None
     else:
         small = args.model == "small"
+        shape = SMALL_TRANSFORMER if small else SD35_TRANSFORMER
         config = dataclasses.replace(f.Config(), **(dict(height=64, width=64, max_sequence_length=8) if small else {}))
-        run = random_run(SMALL_TRANSFORMER if small else SD35_TRANSFORMER, config)
+
+    def make_run(compiled: bool, batch_size: int) -> f.Run:
+        ours = dataclasses.replace(
+            config, compile=compiled, batch_size=batch_size, prompts_per_epoch=1, group_size=2 * batch_size,
+            updates_per_epoch=1,
+        )  # fmt: skip
+        run = f.prepare(ours) if shape is None else random_run(shape, ours)
+        run.reward = [f.Part("random", 1.0, random_reward)]
+        return run
+
+    batch_sizes = args.batch_sizes or ([48, 96, 192] if args.model == "tiny-sd3" else [1, 2, 4, 8, 16])
+    run = make_run(False, batch_sizes[0])
     print(f"needed per image: {' + '.join(f'{n / 1e12:.3g}' for n in needed_flops(run))} TFLOP (rollout + update)\n")
-    print("batch | rollout images/s      | update images/s       | both images/s         | peak GB | TFLOP/s | share | "
-          "minutes for 48 x 24")  # fmt: skip
-    for batch_size in args.batch_sizes or ([48, 96, 192] if args.model == "tiny-sd3" else [1, 2, 4, 8, 16]):
-        try:
-            measure(run, batch_size, args.repetitions, peak_rate)
-        except torch.OutOfMemoryError:
-            print(f"{batch_size:5} | out of memory")
-            torch.cuda.empty_cache()
+    if args.profile:
+        return profile(run)
+    del run
+    table(make_run, batch_sizes, args.repetitions, peak_rate)
     if args.model == "tiny-sd3":
         compare_with_plain_loop(args.repetitions)
 

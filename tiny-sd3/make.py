@@ -302,7 +302,7 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent)
     parser.add_argument("--images", type=int, default=48_000, help="signs to draw")
     parser.add_argument("--vae-steps", type=int, default=1_500)
-    parser.add_argument("--steps", type=int, default=2_700, help="training steps of the transformer, at the most")
+    parser.add_argument("--steps", type=int, default=4_000, help="training steps of the transformer, at the most")
     parser.add_argument("--goal", type=float, default=0.6, help="stop when this fraction of unseen numbers is right")
     args = parser.parse_args()
 
