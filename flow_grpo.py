@@ -13,6 +13,7 @@ Times: t = 1 is noise and t = 0 the image, x_t = (1 - t) x_0 + t x_1, velocity =
 """
 
 import argparse
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -25,7 +26,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple, Sequence
 
@@ -76,7 +76,7 @@ def sde_step(
         mean [B, C, H, W]; std, broadcastable to x, sigma_t * sqrt(|dt|).
     """
     velocity, x = velocity.float(), x.float()
-    t, t_next = (torch.as_tensor(s, dtype=torch.float32, device=x.device).view(-1, 1, 1, 1) for s in (t, t_next))
+    t, t_next = ((s.to(x) if torch.is_tensor(s) else x.new_full((1,), s)).view(-1, 1, 1, 1) for s in (t, t_next))
     dt = t_next - t
     # t = 1 would divide by zero: [C] takes 1 - t_next there, for the noise scale alone.
     sigma = noise_level * torch.sqrt(t / (1 - torch.where(t == 1, t_next, t)))
@@ -93,7 +93,7 @@ def sde_step(
 
 
 def group_advantages(rewards: Tensor, global_std: bool = True, eps: float = 1e-4, clip: float = 5.0) -> Tensor:
-    """Advantages relative to the group ([P]): (r - mean of its group) / (std + eps), clipped to +-clip.
+    """Advantages relative to the group ([P]): (r - mean of its group) / (std + eps), clipped to +-clip ([C]).
 
     Args:
         rewards: [P, G], G images of each of P prompts.
@@ -106,7 +106,7 @@ def group_advantages(rewards: Tensor, global_std: bool = True, eps: float = 1e-4
 
 
 def gaussian_kl(mean: Tensor, ref_mean: Tensor, std: Tensor) -> Tensor:
-    """KL between N(mean, std^2) and N(ref_mean, std^2), averaged over the elements ([P]).
+    """KL between N(mean, std^2) and N(ref_mean, std^2): [P]'s closed form, averaged over the elements as in [C].
 
     mean, ref_mean: [B, C, H, W]; std: broadcastable to them. Returns [B].
     """
@@ -119,7 +119,7 @@ def grpo_loss(
     """The clipped surrogate with a KL penalty ([P]), for one denoising step of B images.
 
     Args: all [B] but the last two, which are floats.
-    Returns the scalar loss, and the mean ratio_mean, clipfrac, approx_kl (to the sampling policy), policy_loss and kl.
+    Returns the scalar loss and, as means over B, ratio_mean, clipfrac, approx_kl (to the sampling policy), policy_loss, kl.
     """
     log_ratio = log_prob - old_log_prob
     ratio = log_ratio.exp()
@@ -137,7 +137,7 @@ def grpo_loss(
     return policy_loss + beta * kl.mean(), stats
 
 
-# ---- Sampling. Rollouts and updates share `velocity`: this is why the first update's ratios are 1.
+# ---- Sampling. Rollouts and updates share `predict_velocity`: this is why the first update's ratios are 1.
 
 
 class Text(NamedTuple):
@@ -147,7 +147,7 @@ class Text(NamedTuple):
     pooled: Tensor
 
 
-def velocity(transformer, x: Tensor, t: float, text: Text, null_text: Text, guidance_scale: float) -> Tensor:
+def predict_velocity(transformer, x: Tensor, t: float, text: Text, null_text: Text, guidance_scale: float) -> Tensor:
     """The network's velocity at x [B, C, H, W] with classifier-free guidance, in float32.
 
     The unconditional velocity is a constant to the gradient, as in [C], so it is computed without a graph.
@@ -165,7 +165,7 @@ def velocity(transformer, x: Tensor, t: float, text: Text, null_text: Text, guid
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
-def sigmas(scheduler, steps: int) -> list[float]:
+def schedule(scheduler, steps: int) -> list[float]:
     """The scheduler's times [steps + 1], from 1 to 0."""
     scheduler.set_timesteps(steps)
     return scheduler.sigmas.tolist()
@@ -185,13 +185,12 @@ def rollout(
 ) -> tuple[Tensor, Tensor]:
     """Denoise x [B, C, H, W] along `times` [T + 1]: latents [B, T + 1, C, H, W] and their log_probs [B, T].
 
-    `graph` builds the update's graph and drops it: kernels that are compiled without one round differently, and in half
-    precision the ratio would show it.
+    `graph` builds the graph that an update would, and drops it: see `Run.one_form`.
     """
     latents, log_probs = [x], []
     for t, t_next in zip(times[:-1], times[1:]):
         with torch.set_grad_enabled(graph):
-            v = velocity(transformer, latents[-1], t, text, null_text, guidance_scale).detach()
+            v = predict_velocity(transformer, latents[-1], t, text, null_text, guidance_scale).detach()
         x, log_prob, _, _ = sde_step(v, latents[-1], t, t_next, noise_level, generator=generator)
         latents.append(x)
         log_probs.append(log_prob)
@@ -218,6 +217,10 @@ class UserError(Exception):
     """Something the user can mend: shown as one sentence, without a traceback, with exit code 2."""
 
 
+class Diverged(UserError):
+    """Training has broken down: to go on would break down again."""
+
+
 def one_line(e: BaseException) -> str:
     return " ".join(str(e).split())[:300]
 
@@ -226,15 +229,19 @@ def device_and_dtype() -> tuple[str, torch.dtype]:
     return ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
 
 
-QUOTED = r'["“]([^"“”]*\S[^"“”]*)["”]'
-
-
 def quoted_text(prompt: str) -> str:
-    """The text that a prompt asks for: what stands between its first pair of double quotes."""
-    match = re.search(QUOTED, prompt)
-    if match is None:
+    """The text that a prompt asks for: the first between double quotes that isn't blank. Raises UserError without one."""
+    texts = [text for text in re.findall(r'["“]([^"“”]*)["”]', prompt) if text.strip()]
+    if not texts:
         raise UserError(f'the ocr reward needs a text in double quotes, as in: a sign that says "407"; got: {prompt}')
-    return match.group(1)
+    return texts[0]
+
+
+def quotes_text(prompt: str) -> bool:
+    try:
+        return bool(quoted_text(prompt))
+    except UserError:
+        return False
 
 
 @functools.cache
@@ -246,7 +253,7 @@ def ocr_engine(height: int, width: int):
         params={
             "Global.log_level": "error",
             "Global.use_cls": False,  # no upside-down text
-            # An image the size of a line is read as one line. The detector is for larger ones; by default it would
+            # Up to 64 pixels it is read as one line of text. The detector is for larger ones; by default it would
             # enlarge each to a 736-pixel side.
             "Global.use_det": height > 64,
             "Det.limit_type": "max",
@@ -382,9 +389,7 @@ def check_geneval(record: dict) -> None:
             raise UserError(f"the count of {name} is {count!r}: give a whole number above 0")
         if clause.get("color") not in [None, *COLORS]:
             raise UserError(f"the color {clause['color']!r} can't be judged: use one of {', '.join(COLORS)}")
-        if position is not None and not (
-            isinstance(position, list) and [type(p) for p in position] == [str, int] and position[0] in POSITIONS and position[1] in [*range(i)]
-        ):
+        if position is not None and repr(position) not in {repr([p, j]) for p in POSITIONS for j in range(i)}:
             raise UserError(f"the position {position} can't be judged: give one of {POSITIONS} and an earlier clause")
 
 
@@ -396,7 +401,8 @@ def relative_positions(box: Sequence[float], other: Sequence[float]) -> list[str
     if max(map(abs, rest)) < 1e-3:
         return []
     x, y = (r / math.hypot(*offset) for r in rest)
-    return [name for name, holds in zip(("left of", "right of", "above", "below"), (x < -0.5, x > 0.5, y < -0.5, y > 0.5)) if holds]
+    holds = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
+    return [name for name in holds if holds[name]]
 
 
 def geneval_score(
@@ -581,7 +587,7 @@ def load_reward(source: str) -> Callable:
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise UserError(f"the reward file {path} fails on import ({type(e).__name__}: {e}): mend it and run again")
     if not callable(getattr(module, function, None)):
         raise UserError(f"{path} has no function '{function}': name one that it defines after the colon in --reward")
@@ -597,17 +603,17 @@ class Part(NamedTuple):
 
 
 def score_images(parts: list[Part], images: Tensor, records: list[dict]) -> dict[str, Tensor]:
-    """The rewards [B] on the CPU: each part under its name, their weighted sum as `reward`, and the exact verdicts that
-    OCR and GenEval are reported by. Raises UserError if a part fails, or returns anything but B finite numbers."""
+    """The rewards [B] on the CPU: each part under its name, their weighted sum as `reward`, and stricter verdicts: OCR's
+    exact readings, and GenEval's benchmark. Raises UserError if a part fails, or returns anything but B finite numbers."""
     prompts, columns = [r["prompt"] for r in records], {"reward": torch.zeros(len(records))}
     for name, weight, function in parts:
         try:
             if function is geneval_reward:
                 rewards, columns["geneval_correct"] = geneval_verdicts(images, records)
             else:
-                rewards = function(images.clone(), prompts, records)
+                rewards = function(images.clone(), list(prompts), copy.deepcopy(records))  # its own, to do with as it likes
             rewards = torch.as_tensor(rewards, dtype=torch.float32).detach().cpu()
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             if out_of_memory(e):
                 raise
             problem = f"raised {type(e).__name__} ({one_line(e)}) in a batch that begins with the prompt '{prompts[0]}'"
@@ -640,8 +646,9 @@ def averages(columns: dict[str, Tensor], records: list[dict]) -> dict[str, float
 
 def out_of_memory(e: BaseException) -> bool:
     """Whether it says so, under any of the names that it has on GPUs and CPUs."""
+    names = "out of memory|allocate memory|ALLOC_FAILED|ALLOCATION_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
     return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(e, RuntimeError) and any(s in str(e) for s in ("out of memory", "allocate memory", "ALLOC_FAILED"))
+        isinstance(e, RuntimeError) and re.search(names, str(e)) is not None
     )
 
 
@@ -652,7 +659,7 @@ def setting(default, text: str):
     return dataclasses.field(default=default, metadata={"help": text})
 
 
-@dataclass
+@dataclasses.dataclass
 class Config:
     """A run's settings. The defaults are the published recipe for SD3.5-M."""
 
@@ -695,41 +702,43 @@ LAPTOP = dict(
 )  # fmt: skip
 
 
+# What --resume lets one change: the rest, and the prompts themselves, must be as they were.
+MAY_CHANGE = {"prompt_file", "eval_prompt_file", "output_dir", "epochs", "batch_size", "eval_every", "compile"}
+
+
 def check(config: Config) -> None:
     """Refuse settings that can't work."""
-    least = {"group_size": 2, "guidance_scale": 1, "beta": 0, "seed": 0, "step_balance": 0, "compile": 0}  # the other numbers: above 0
+    least = {"group_size": 2, "guidance_scale": 1, "beta": 0, "seed": 0, "step_balance": 0}  # the others: above 0
+    most = {"trained_steps": TRAIN_STEPS, "max_sequence_length": 512, "seed": 10**9}  # 512: SD3's own limit
     for name, value in dataclasses.asdict(config).items():
-        flag = f"--{name.replace('_', '-')}"
-        if name in least and not value >= least[name]:
-            raise UserError(f"{flag} is {value}: give {least[name]} or more")
-        if name not in least and isinstance(value, (int, float)) and not value > 0:
-            raise UserError(f"{flag} is {value}: give a number above 0")
-    for name, most in {"trained_steps": TRAIN_STEPS, "max_sequence_length": 512}.items():  # 512: SD3's own limit
-        if getattr(config, name) > most:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}: give {most} at most")
+        low, high = least.get(name, math.ulp(0.0)), most.get(name, sys.float_info.max)
+        if type(value) in (int, float) and not low <= value <= high:
+            wanted = f"{high} at most" if value > high else f"{low} or more" if name in least else "a number above 0"
+            raise UserError(f"--{name.replace('_', '-')} is {value}: give {wanted}")
 
 
 def read_prompts(path: str, checks: Iterable[Callable[[dict], object]] = ()) -> list[dict]:
     """A prompt file's records, each with its `prompt` and passing the checks. Raises UserError naming the file and line."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
+        if "\0" in text:
+            raise ValueError
     except OSError as e:
         raise UserError(f"can't read the prompt file {path} ({e.strerror}): check the path")
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
+    except ValueError:
         raise UserError(f"the prompt file {path} is not UTF-8 text: give a file with one prompt a line")
     records = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line) if path.endswith(".jsonl") else {"prompt": line.strip()}
+            record = json.loads(line) if path.lower().endswith(".jsonl") else {"prompt": line.strip()}
             if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
                 raise UserError("a record needs a `prompt` string")
-            for check in checks:
-                check(record)
-        except (UserError, json.JSONDecodeError) as e:
+            record["prompt"].encode()  # a lone surrogate can't be
+            for check_record in checks:
+                check_record(record)
+        except (UserError, ValueError, RecursionError) as e:
             raise UserError(f"{path}, line {number}: {e}")
         records.append(record)
     if not records:
@@ -806,7 +815,7 @@ def encode_prompts(pipe, prompts: list[str], config: Config, device: str) -> dic
     return texts
 
 
-@dataclass
+@dataclasses.dataclass
 class Run:
     """What a run works with, and from `parameters` on all that training changes, which is what a checkpoint holds."""
 
@@ -828,12 +837,15 @@ class Run:
         texts = [self.texts[r["prompt"]] for r in records]
         return Text(*(torch.stack(e).to(self.pipe.device) for e in zip(*texts)))
 
-    def whole(self, batch: list) -> list:
-        """A batch, filled up by repeats where every pass of the network must have the same shape: compiled blocks are made
-        for one, and in half precision another shape may take other kernels, whose rounding would show in the ratio."""
-        if not self.config.compile and self.pipe.transformer.dtype == torch.float32:
-            return batch
-        return [batch[i % len(batch)] for i in range(self.config.batch_size)]
+    @property
+    def one_form(self) -> bool:
+        """Whether rollouts and updates must run the network in one form: full batches, and a graph. Compiled blocks are
+        made for a shape; and in half precision another form takes other kernels, whose rounding the ratio would show."""
+        return self.config.compile or self.pipe.transformer.dtype != torch.float32
+
+    def pad(self, batch: list) -> list:
+        """A batch, filled up by repeats if need be."""
+        return [batch[i % len(batch)] for i in range(self.config.batch_size)] if self.one_form else batch
 
     @property
     def null_text(self) -> Text:
@@ -852,25 +864,27 @@ def prepare(config: Config) -> Run:
     weights = parse_rewards(config.reward)
     reward = [Part(part_name(source), weight, load_reward(source)) for source, weight in weights.items()]
     device, dtype = device_and_dtype()
-    if device == "cuda":
-        torch.set_float32_matmul_precision("high")  # for the adapter: TF32 has as many digits as the base's fp16
     pipe = load_pipeline(config, dtype)
     drawn = [r for epoch in range(config.epochs) for r in epoch_prompts(train_records, config, epoch)]
     texts = encode_prompts(pipe, [r["prompt"] for r in eval_records + drawn], config, device)
+    torch.cuda.empty_cache()
     return assemble(config, pipe, reward, train_records, eval_records, texts)
 
 
 def assemble(config: Config, pipe, reward: list[Part], train_records, eval_records, texts: dict[str, Text]) -> Run:
     """Add the adapter and its optimiser, and move the model to the device."""
     device, dtype = device_and_dtype()
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # for the adapter: TF32 has as many digits as the base's fp16
     parameters = add_adapter(pipe.transformer, config)
     pipe.to(device)
     run = Run(
         config, pipe, reward, train_records, eval_records, texts, parameters,
         ema=[p.detach().clone() for p in parameters],
         optimizer=torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=1e-4),
-        # A log_prob is a mean over some 65,536 elements: its gradients would underflow in half precision, unscaled.
-        scaler=torch.amp.GradScaler(device, growth_interval=100, enabled=dtype == torch.float16),
+        # A log_prob is a mean over some 65,536 elements, and a micro-batch one of many: in half precision, gradients that
+        # small would underflow, the first steps' even at the usual scale of 2^16.
+        scaler=torch.amp.GradScaler(device, 2.0**20, growth_interval=100, enabled=dtype == torch.float16),
     )  # fmt: skip
     if config.compile:
         compile_blocks(run)
@@ -892,7 +906,7 @@ def compile_blocks(run: Run) -> None:
         log_prob, kl = score_step(run, x, x, 1.0, 0.5, text, run.null_text)
         (log_prob + kl).sum().backward()
         with torch.no_grad():
-            velocity(transformer, x, 1.0, text, run.null_text, 1)
+            predict_velocity(transformer, x, 1.0, text, run.null_text, 1)
     except Exception as e:  # no compiler, or one that fails: there are many ways
         if out_of_memory(e):
             raise
@@ -956,7 +970,7 @@ def bar(total: int, name: str):
     return tqdm(total=total, desc=name, unit="image", disable=None, leave=False)
 
 
-def joined(scores: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def concatenated(scores: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([batch[name] for batch in scores]) for name in scores[0]}
 
 
@@ -965,31 +979,42 @@ def collect(run: Run, generator: torch.Generator) -> tuple[Samples, dict[str, fl
     config, device, null_text = run.config, run.pipe.device, run.null_text
     prompts = epoch_prompts(run.train_records, config, run.epoch)
     records = [r for r in prompts for _ in range(config.group_size)]
-    times = sigmas(run.pipe.scheduler, TRAIN_STEPS)
+    times = schedule(run.pipe.scheduler, TRAIN_STEPS)
     latents, log_probs, scores = [], [], []
     seconds = {"seconds_rollout": 0.0, "seconds_scoring": 0.0}
-    with bar(len(records), "rollout") as rolling, bar(len(records), "scoring") as scoring:
+
+    def judged(wait_for: list) -> None:
+        start = time.perf_counter()
+        for future in wait_for:
+            future.result()
+        seconds["seconds_scoring"] += time.perf_counter() - start
+
+    # A batch is judged while the next one is drawn.
+    with (
+        bar(len(records), "rollout") as rolling, bar(len(records), "scoring") as scoring, ThreadPoolExecutor(1) as judge
+    ):  # fmt: skip
         for i in range(0, len(records), config.batch_size):
             batch, start = records[i : i + config.batch_size], time.perf_counter()
-            text = run.text(run.whole(batch))
+            text = run.text(run.pad(batch))
             noise = torch.randn(len(text.embeds), *run.latent_shape, generator=generator).to(device)
             path, log_prob = rollout(
                 run.pipe.transformer, noise, text, null_text, times, config.noise_level, config.guidance_scale,
-                generator, graph=config.compile,
+                generator, graph=run.one_form,
             )  # fmt: skip
             path, log_prob = path[: len(batch)], log_prob[: len(batch)]
             images = decode(run.pipe.vae, path[:, -1])
             latents.append(path.cpu())
             log_probs.append(log_prob.cpu())
             if not (log_probs[-1].isfinite().all() and images.isfinite().all()):
-                raise UserError("the model's samples are not finite: start a new run with a lower --learning-rate")
+                raise Diverged("the model's samples are not finite: start a new run with a lower --learning-rate")
             rolling.update(len(batch))
-            rolled = time.perf_counter()
-            scores.append(score_images(run.reward, images, batch))
-            scoring.update(len(batch))
-            seconds["seconds_rollout"] += rolled - start
-            seconds["seconds_scoring"] += time.perf_counter() - rolled
-    return Samples(records, torch.cat(latents), torch.cat(log_probs), joined(scores)), seconds
+            seconds["seconds_rollout"] += time.perf_counter() - start
+            judged(scores[-1:])
+            scores.append(judge.submit(score_images, run.reward, images, batch))
+            scores[-1].add_done_callback(lambda _, n=len(batch): scoring.update(n))
+        judged(scores[-1:])
+    scores = concatenated([future.result() for future in scores])
+    return Samples(records, torch.cat(latents), torch.cat(log_probs), scores), seconds
 
 
 def score_step(run: Run, x: Tensor, x_next: Tensor, t: float, t_next: float, text: Text, null_text: Text):
@@ -997,15 +1022,15 @@ def score_step(run: Run, x: Tensor, x_next: Tensor, t: float, t_next: float, tex
     transformer, guidance_scale, noise_level = run.pipe.transformer, run.config.guidance_scale, run.config.noise_level
     if run.config.beta > 0:
         with torch.no_grad(), reference(transformer):
-            v_ref = velocity(transformer, x, t, text, null_text, guidance_scale)
-    v = velocity(transformer, x, t, text, null_text, guidance_scale)
+            v_ref = predict_velocity(transformer, x, t, text, null_text, guidance_scale)
+    v = predict_velocity(transformer, x, t, text, null_text, guidance_scale)
     _, log_prob, mean, std = sde_step(v, x, t, t_next, noise_level, x_next)
     if run.config.beta == 0:
         return log_prob, torch.zeros_like(log_prob)
     _, _, ref_mean, _ = sde_step(v_ref, x, t, t_next, noise_level, x_next)
     # The published betas weigh [C]'s KL, which leaves |dt| out of the variance: the late, low-noise steps count more, and
-    # image quality holds. The exact KL of [P], gaussian_kl(mean, ref_mean, std), is 1 / |dt| (about 10) times larger and
-    # would take a beta ten times smaller.
+    # image quality holds. The exact KL of [P], gaussian_kl(mean, ref_mean, std), is 1 / |dt| times larger (25 at the first
+    # step, 4 at the ninth) and would take a beta about ten times smaller.
     return log_prob, gaussian_kl(mean, ref_mean, std / math.sqrt(t - t_next))
 
 
@@ -1013,20 +1038,20 @@ def step_weights(times: list[float], config: Config) -> list[float]:
     """The weight of each trained step's loss, 1 on average.
 
     By default the last step is not trained: at t = .0089 the policy is so narrow that rounding would dominate the ratio [C].
-    The gradient of log_prob by the velocity is |dt| / std (up to a constant), 21 times as large at the last trained step as
-    at the first: published runs leave it so; `step_balance` 1 takes it out, for what is decided early.
+    The gradient of log_prob by the velocity goes with (d mean / d velocity) / std, which is 26 times as large at the last
+    trained step as at the first: published runs leave it so; `step_balance` 1 takes it out, for what is decided early.
     """
-    x, ratios = torch.zeros(1, 1, 1, 1), []
+    zero, one, ratios = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1), []
     for t, t_next in list(zip(times, times[1:]))[: config.trained_steps]:
-        std = sde_step(x, x, t, t_next, config.noise_level)[3].item()
-        ratios.append((std / (t - t_next)) ** config.step_balance)
+        _, _, mean, std = sde_step(one, zero, t, t_next, config.noise_level)  # at x = 0, v = 1: the mean is d mean / d v
+        ratios.append((std / mean.abs()).item() ** config.step_balance)
     return [ratio * len(ratios) / sum(ratios) for ratio in ratios]
 
 
 def update(run: Run, samples: Samples, generator: torch.Generator) -> dict[str, float]:
     """The epoch's optimiser steps, on the samples that have an advantage. Returns the mean statistics."""
     config, device, null_text = run.config, run.pipe.device, run.null_text
-    all_times = sigmas(run.pipe.scheduler, TRAIN_STEPS)
+    all_times = schedule(run.pipe.scheduler, TRAIN_STEPS)
     weights = step_weights(all_times, config)
     advantages = group_advantages(samples.scores["reward"].view(-1, config.group_size)).flatten()
     kept = advantages.nonzero().flatten()  # a group of equal rewards teaches nothing: drop it before the work
@@ -1036,7 +1061,7 @@ def update(run: Run, samples: Samples, generator: torch.Generator) -> dict[str, 
     with bar(len(kept), "update") as progress:
         for chunk in chunks:
             for i in chunk.split(config.batch_size):
-                whole = run.whole(i.tolist())
+                whole = run.pad(i.tolist())
                 text, latents = run.text([samples.records[j] for j in whole]), samples.latents[whole].to(device)
                 old_log_probs, advantage = samples.log_probs[i].to(device), advantages[i].to(device)
                 for k, step_weight in enumerate(weights):
@@ -1055,7 +1080,7 @@ def update(run: Run, samples: Samples, generator: torch.Generator) -> dict[str, 
             run.scaler.unscale_(run.optimizer)
             norm = torch.nn.utils.clip_grad_norm_(run.parameters, 1.0)
             if not norm.isfinite() and run.scaler.get_scale() <= 1:  # at a larger scale, the scaler skips and halves
-                raise UserError("the gradient is not finite: start a new run with a lower --learning-rate")
+                raise Diverged("the gradient is not finite: start a new run with a lower --learning-rate")
             run.scaler.step(run.optimizer)
             run.scaler.update()
             run.optimizer.zero_grad(set_to_none=True)
@@ -1071,15 +1096,15 @@ def update(run: Run, samples: Samples, generator: torch.Generator) -> dict[str, 
 
 def evaluate(run: Run) -> tuple[dict[str, float], Tensor]:
     """Draw as one deploys, with the averaged adapter and 40 ODE steps. Returns the metrics and the first 16 images."""
-    config, null_text, times = run.config, run.null_text, sigmas(run.pipe.scheduler, EVAL_STEPS)
+    config, null_text, times = run.config, run.null_text, schedule(run.pipe.scheduler, EVAL_STEPS)
     scores, shown = [], []
     with averaged(run), bar(len(run.eval_records), "evaluation") as progress:
         for i in range(0, len(run.eval_records), config.batch_size):
             batch = run.eval_records[i : i + config.batch_size]
-            text = run.text(run.whole(batch))
-            noise = [  # prompt i has seed i; drawn as StableDiffusion3Pipeline draws it from such generators
-                torch.randn(1, *run.latent_shape, generator=torch.Generator().manual_seed(j), dtype=text.embeds.dtype)
-                for j in range(i, i + len(text.embeds))
+            text = run.text(run.pad(batch))
+            noise = [  # the n-th prompt has seed n; drawn as StableDiffusion3Pipeline draws it from such generators
+                torch.randn(1, *run.latent_shape, generator=torch.Generator().manual_seed(n), dtype=text.embeds.dtype)
+                for n in range(i, i + len(text.embeds))
             ]
             x = torch.cat(noise).float().to(run.pipe.device)
             latents, _ = rollout(run.pipe.transformer, x, text, null_text, times, 0.0, config.guidance_scale)
@@ -1087,7 +1112,7 @@ def evaluate(run: Run) -> tuple[dict[str, float], Tensor]:
             scores.append(score_images(run.reward, images, batch))
             shown.append(images[: max(0, 16 - i)].cpu())
             progress.update(len(batch))
-    metrics = averages(joined(scores), run.eval_records)
+    metrics = averages(concatenated(scores), run.eval_records)
     return {f"eval_{name}": value for name, value in metrics.items()}, torch.cat(shown)
 
 
@@ -1209,10 +1234,12 @@ def restore(run: Run, path: Path) -> None:
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"the checkpoint {path} is damaged ({e}): put back a copy of it, or start a new run")
     for name, value in identity(run).items():
-        if state["settings"].get(name) != value:
+        before = state["settings"].get(name)
+        if before != value:
+            difference = "other prompts" if name == "prompts" else f"other settings ({name} was {before}, now {value})"
             raise UserError(
-                f"the checkpoint {path} was made with other settings ({name} was {state['settings'].get(name)}, now "
-                f"{value}): resume with the same ones, or start a new run with another --output-dir"
+                f"the checkpoint {path} was made with {difference}: resume with the same ones, or start a new run with "
+                "another --output-dir"
             )
     for i, (p, average) in enumerate(zip(run.parameters, run.ema)):
         own = {name.split(".", 1)[1]: t.to(p.device) for name, t in tensors.items() if name.startswith(f"{i}.")}
@@ -1264,9 +1291,6 @@ def write_curve(metrics: list[dict], path: Path) -> None:
 
 # ---- Command line.
 
-# What --resume lets one change: the rest, and the prompts themselves, must be as they were.
-MAY_CHANGE = {"prompt_file", "eval_prompt_file", "output_dir", "epochs", "batch_size", "eval_every", "compile"}
-
 
 def configure(argv: list[str] | None) -> tuple[Config, Path, bool]:
     """The settings (flags over a resumed run's config.json over the defaults), the run's folder, and whether to resume."""
@@ -1291,6 +1315,8 @@ def configure(argv: list[str] | None) -> tuple[Config, Path, bool]:
         raise UserError("--resume needs the folder of a run, as in --resume runs/20260101-120000")
     out = Path(folder or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
     given["output_dir"] = str(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file, not a folder: give another --output-dir")
 
     if resume and (out / "config.json").exists():
         try:
@@ -1301,10 +1327,11 @@ def configure(argv: list[str] | None) -> tuple[Config, Path, bool]:
         return Config(**stored | given), out, True
     if not resume and any((out / name).exists() for name in ("config.json", "checkpoint.safetensors", "metrics.jsonl")):
         raise UserError(f"{out} holds another run: give another --output-dir, or go on with it by --resume {out}")
-    if resume and "prompt_file" not in given:
-        raise UserError(f"{out} holds no run to resume: check the path")
     if "prompt_file" not in given:
-        raise UserError("no prompts: give a file with --prompt-file, for example prompts.txt")
+        example = "no prompts: give a file with --prompt-file, for example prompts.txt"
+        raise UserError(f"{out} holds no run to resume: check the path" if resume else example)
+    if resume:
+        print(f"{out} holds no run yet: this starts one.", flush=True)
     if "model" not in given and torch.cuda.is_available():
         given["model"] = SD35
         print(f"Training {SD35} on {torch.cuda.get_device_name()}.", flush=True)
@@ -1314,7 +1341,7 @@ def configure(argv: list[str] | None) -> tuple[Config, Path, bool]:
     if "reward" not in given:
         files = [given[name] for name in ("prompt_file", "eval_prompt_file") if given.get(name)]
         prompts = [r["prompt"] for path in files for r in read_prompts(path)]
-        without = next((p for p in prompts if not re.search(QUOTED, p)), None)
+        without = next((p for p in prompts if not quotes_text(p)), None)
         given["reward"] = "ocr" if without is None else "pickscore"
         why = "every prompt quotes a text" if without is None else f"not every prompt quotes a text ({without[:60]})"
         print(f"The reward is {given['reward']}, because {why}; --reward chooses another.", flush=True)
@@ -1335,15 +1362,17 @@ def main(argv: list[str] | None = None) -> int:
         train(run, out)
         return 0
     except KeyboardInterrupt:
-        error, code = "interrupted, nothing is lost", 130
+        error, code = "interrupted" + (", finished epochs are kept" if hint else ""), 130
     except UserError as e:
         error, code = str(e), 2
+        hint = "" if isinstance(e, Diverged) else hint
     except (OSError, SafetensorError) as e:
         error, code = f"can't read or write a file ({e}): see to the disk and the permissions", 2
     except (RuntimeError, MemoryError) as e:
         if not out_of_memory(e):
             raise
-        error, code = f"out of memory: lower --batch-size (now {config.batch_size}), or draw smaller images", 2
+        remedy = f"lower --batch-size (now {config.batch_size}), or draw smaller images"
+        error, code = f"out of memory: {remedy if hint else 'this model needs more than there is; free some and try again'}", 2
     print(f"error: {error}{hint}", file=sys.stderr)
     return code
 

@@ -6,14 +6,14 @@
 For a plain loop, for flow_grpo.py without and with compiled blocks, and for each batch size: images/s of the rollout, of the
 update and of both, as medians with the least and the most; peak memory; TFLOP/s, counted from the work that the algorithm
 needs, and their share of what a large matrix product sustains on the same device in the same run; how far the first
-update's ratios are from 1; and the time of an epoch of 48 x 24 images.
+update's ratios are from 1; and the time of an epoch of 48 x 24 images, rewards not included.
 """
 
 import argparse
 import dataclasses
 import functools
+import gc
 import math
-import resource
 import statistics
 import sys
 import time
@@ -63,7 +63,7 @@ def random_pipeline(transformer: dict) -> StableDiffusion3Pipeline:
         finally:
             torch.set_default_dtype(default)
     for module in (pipe.transformer, pipe.vae):
-        module.requires_grad_(False).eval()
+        module.to(dtype).requires_grad_(False).eval()
     return pipe
 
 
@@ -82,15 +82,16 @@ def random_run(transformer: dict, config: f.Config) -> f.Run:
 
 
 def matmul_rate(device: str) -> float:
-    """FLOP/s of a large matrix product: bfloat16 on a GPU, float32 on a CPU, which trains in float32."""
-    n, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
+    """FLOP/s that a large matrix product sustains: bfloat16 on a GPU, float32 on a CPU, which trains in float32."""
+    n, dtype, times = (8192, torch.bfloat16, 50) if device == "cuda" else (2048, torch.float32, 3)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     seconds = []
-    for _ in range(12):
+    for _ in range(20):  # two seconds or so: the last half is as warm as in training
         start = now()
-        a @ b
-        seconds.append(now() - start)
-    return 2 * n**3 / statistics.median(seconds[2:])
+        for _ in range(times):
+            a @ b
+        seconds.append((now() - start) / times)
+    return 2 * n**3 / statistics.median(seconds[10:])
 
 
 def synchronize() -> None:
@@ -102,12 +103,13 @@ def forward_flops(run: f.Run) -> int:
     """FLOP of one forward pass of the network for one image."""
     x, text = torch.randn(1, *run.latent_shape, device=run.pipe.device), run.null_text
     with torch.no_grad(), f.reference(run.pipe.transformer), FlopCounterMode(display=False) as counter:
-        f.velocity(run.pipe.transformer, x, 0.5, text, text, 1.0)
+        f.predict_velocity(run.pipe.transformer, x, 0.5, text, text, 1.0)
     return counter.get_total_flops()
 
 
 def needed_flops(run: f.Run) -> tuple[int, int]:
-    """FLOP per image of the rollout and of the update. A backward pass costs a forward: the weights need no gradient."""
+    """FLOP per image of the rollout and of the update. A backward pass takes a forward's at least: the weights need no
+    gradient."""
     one, guided = forward_flops(run), 2 if run.config.guidance_scale != 1 else 1
     trained = run.config.trained_steps
     return one * f.TRAIN_STEPS * guided, one * trained * (guided + 1 + (guided if run.config.beta > 0 else 0))
@@ -119,10 +121,8 @@ def reset_peak() -> None:
 
 
 def peak_memory() -> float:
-    """GB: of the GPU since `reset_peak`, or of the process since it began."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform != "darwin" else 1e9)
+    """GB of the GPU since `reset_peak`; not a number on a CPU."""
+    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else math.nan
 
 
 def now() -> float:
@@ -137,9 +137,9 @@ def spread(values: list[float]) -> str:
 def plain_velocity(transformer, x, t: float, text: f.Text, null_text: f.Text, guidance_scale: float):
     """As one would write it first: conditional and unconditional in one batch, both with a graph if there is one."""
     if guidance_scale == 1:
-        return f.velocity(transformer, x, t, text, null_text, 1.0)
+        return f.predict_velocity(transformer, x, t, text, null_text, 1.0)
     both = f.Text(*(torch.cat([e, n.expand_as(e)]) for e, n in zip(text, null_text)))
-    conditional, unconditional = f.velocity(transformer, x.repeat(2, 1, 1, 1), t, both, null_text, 1.0).chunk(2)
+    conditional, unconditional = f.predict_velocity(transformer, x.repeat(2, 1, 1, 1), t, both, null_text, 1.0).chunk(2)
     return unconditional.detach() + guidance_scale * (conditional - unconditional.detach())
 
 
@@ -182,7 +182,7 @@ class PlainLoop:
         run, config, device = self.run, self.run.config, self.run.pipe.device
         drawn = f.epoch_prompts(run.train_records, config, number)
         prompts = [r["prompt"] for r in drawn for _ in range(config.group_size)]
-        times, seconds = f.sigmas(run.pipe.scheduler, f.TRAIN_STEPS), {"rollout": 0.0, "scoring": 0.0, "update": 0.0}
+        times, seconds = f.schedule(run.pipe.scheduler, f.TRAIN_STEPS), {"rollout": 0.0, "scoring": 0.0, "update": 0.0}
         batches = []
         for i in range(0, len(prompts), config.batch_size):
             start, batch = now(), prompts[i : i + config.batch_size]
@@ -260,19 +260,22 @@ def table(make_run: Callable[[bool, int], f.Run], batch_sizes: list[int], repeti
                 run = make_run(name.endswith("compiled"), batch_size)
                 loop = PlainLoop(run, None).epoch if name == "plain" else functools.partial(our_epoch, run)
                 columns = measure(loop, run, repetitions, peak_rate)
-            except torch.OutOfMemoryError:
+            except Exception as e:
+                if not f.out_of_memory(e):
+                    raise
                 columns = "out of memory"
             print(f"{name:20} | {batch_size:5} | {columns}", flush=True)
             run = loop = None
             torch.compiler.reset()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            gc.collect()  # a compiled block refers to itself
+            torch.cuda.empty_cache()
 
 
 def compare_with_plain_loop(repetitions: int) -> None:
     """Epochs of the embedded model's default run as a plain loop, with the changes that lead from it to flow_grpo.py."""
     config = embedded_config()
-    run, encoders = f.prepare(config), f.load_pipeline(config, torch.float32)
+    device, dtype = f.device_and_dtype()
+    run, encoders = f.prepare(config), f.load_pipeline(config, dtype).to(device)
     loops = {
         "plain loop": PlainLoop(run, encoders).epoch,
         "+ text detector sized to the signs": PlainLoop(run, encoders, ["detector sized"]).epoch,
@@ -308,8 +311,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["sd3.5-medium", "small", "tiny-sd3"], default="sd3.5-medium",
                         help="`small` has the same parts at a size that a CPU can run: a check of the bench itself")  # fmt: skip
-    parser.add_argument("--batch-sizes", type=int, nargs="+", help="default: 1 2 4 8 16; 48 96 192 for tiny-sd3")
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", help="default: 1 2 4 8; 48 96 192 for tiny-sd3")
+    parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="show where the time goes instead, by kernel")
     args = parser.parse_args()
     if args.model == "sd3.5-medium" and not torch.cuda.is_available():
@@ -334,7 +337,7 @@ def main() -> None:
         run.reward = [f.Part("random", 1.0, random_reward)]
         return run
 
-    batch_sizes = args.batch_sizes or ([48, 96, 192] if args.model == "tiny-sd3" else [1, 2, 4, 8, 16])
+    batch_sizes = args.batch_sizes or ([48, 96, 192] if args.model == "tiny-sd3" else [1, 2, 4, 8])
     run = make_run(False, batch_sizes[0])
     print(f"needed per image: {' + '.join(f'{n / 1e12:.3g}' for n in needed_flops(run))} TFLOP (rollout + update)\n")
     if args.profile:
