@@ -683,7 +683,7 @@ class Config:
     guidance_scale: float = setting(4.5, "classifier-free guidance in training and evaluation; 1 for none")
     noise_level: float = setting(0.7, "of the SDE")
     trained_steps: int = setting(TRAIN_STEPS - 1, "denoising steps that are trained, from the first")
-    step_balance: float = setting(0.0, "1 weighs the steps' losses so that each moves the velocity alike; 0 as published")
+    step_balance: float = setting(0.0, "1 weighs each step's loss by std / |dt|, to move the velocity alike; 0 as published")
     lora_rank: int = setting(32, "of the adapter; its alpha is twice that")
     ema_interval: int = setting(8, "updates between two steps of the adapter's moving average")
     height: int = setting(512, "pixels")
@@ -1038,13 +1038,14 @@ def step_weights(times: list[float], config: Config) -> list[float]:
     """The weight of each trained step's loss, 1 on average.
 
     By default the last step is not trained: at t = .0089 the policy is so narrow that rounding would dominate the ratio [C].
-    The gradient of log_prob by the velocity goes with (d mean / d velocity) / std, which is 26 times as large at the last
-    trained step as at the first: published runs leave it so; `step_balance` 1 takes it out, for what is decided early.
+    The gradient of log_prob by the velocity is |dt| / std, times 1 + noise_level^2 / 2 but for the first step: at the last
+    trained step 26 times as large as at the first. Published runs leave it so; `step_balance` 1 takes |dt| / std out, for
+    what is decided early.
     """
-    zero, one, ratios = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1), []
+    x, ratios = torch.zeros(1, 1, 1, 1), []
     for t, t_next in list(zip(times, times[1:]))[: config.trained_steps]:
-        _, _, mean, std = sde_step(one, zero, t, t_next, config.noise_level)  # at x = 0, v = 1: the mean is d mean / d v
-        ratios.append((std / mean.abs()).item() ** config.step_balance)
+        std = sde_step(x, x, t, t_next, config.noise_level)[3].item()
+        ratios.append((std / (t - t_next)) ** config.step_balance)
     return [ratio * len(ratios) / sum(ratios) for ratio in ratios]
 
 

@@ -4,7 +4,7 @@
 
 Everything is seeded. Training images are drawn by `draw_sign`, so nothing is downloaded. It writes the pipeline folder
 next to itself, and `prompts.txt` above it with numbers that the model has not been trained on. `torch.compile` is used,
-which needs a C++ compiler. It takes about half an hour on 2 cores.
+which needs a C++ compiler. It takes 10 minutes on 2 cores.
 """
 
 import argparse
