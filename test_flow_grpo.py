@@ -763,6 +763,12 @@ def test_bad_input_is_one_sentence(model, work, capsys, monkeypatch, flags, word
     fails(arguments(**{"model": model, **flags}), capsys, *words)
 
 
+def test_a_run_that_has_diverged_is_not_to_be_resumed(model, work, capsys):
+    assert flow_grpo.main(arguments(model, learning_rate=1e30)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "not finite" in error and "--resume" not in error
+
+
 def test_gated_model(model, work, capsys, monkeypatch):
     def gated(*args, **kwargs):
         try:

@@ -276,19 +276,21 @@ def compare_with_plain_loop(repetitions: int) -> None:
     config = embedded_config()
     device, dtype = f.device_and_dtype()
     run, encoders = f.prepare(config), f.load_pipeline(config, dtype).to(device)
+    compiled = f.prepare(dataclasses.replace(config, compile=True))
     loops = {
         "plain loop": PlainLoop(run, encoders).epoch,
         "+ text detector sized to the signs": PlainLoop(run, encoders, ["detector sized"]).epoch,
         "+ text encoded once": PlainLoop(run, encoders, ["detector sized", "text once"]).epoch,
         "+ signs read as lines, in parallel": PlainLoop(run, encoders, ["text once", "lines in parallel"]).epoch,
-        "flow_grpo": functools.partial(our_epoch, run),
+        "flow_grpo: judged meanwhile": functools.partial(our_epoch, run),
+        "flow_grpo --compile": functools.partial(our_epoch, compiled),
     }
+    epochs = [{name: loop(i) for name, loop in loops.items()} for i in range(repetitions + 1)][1:]  # in turn: all drift alike
     print(f"\nSeconds an epoch of {config.prompts_per_epoch} x {config.group_size} images, medians of {repetitions}:")
     parts = "rollout", "scoring", "update", "epoch"
     print(f"{'':36}" + "".join(f"{name:>22}" for name in parts))
-    for name, loop in loops.items():
-        epochs = [loop(i) for i in range(repetitions + 1)][1:]
-        print(f"{name:36}" + "".join(f"{spread([e[part] for e in epochs]):>22}" for part in parts), flush=True)
+    for name in loops:
+        print(f"{name:36}" + "".join(f"{spread([e[name][part] for e in epochs]):>22}" for part in parts))
 
 
 def profile(run: f.Run) -> None:
