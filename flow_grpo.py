@@ -983,10 +983,10 @@ def collect(run: Run, generator: torch.Generator) -> tuple[Samples, dict[str, fl
     latents, log_probs, scores = [], [], []
     seconds = {"seconds_rollout": 0.0, "seconds_scoring": 0.0}
 
-    def judged(wait_for: list) -> None:
+    def wait_for_judge() -> None:
         start = time.perf_counter()
-        for future in wait_for:
-            future.result()
+        for last in scores[-1:]:
+            last.result()  # raises what the reward raised
         seconds["seconds_scoring"] += time.perf_counter() - start
 
     # A batch is judged while the next one is drawn.
@@ -1009,10 +1009,10 @@ def collect(run: Run, generator: torch.Generator) -> tuple[Samples, dict[str, fl
                 raise Diverged("the model's samples are not finite: start a new run with a lower --learning-rate")
             rolling.update(len(batch))
             seconds["seconds_rollout"] += time.perf_counter() - start
-            judged(scores[-1:])
+            wait_for_judge()
             scores.append(judge.submit(score_images, run.reward, images, batch))
             scores[-1].add_done_callback(lambda _, n=len(batch): scoring.update(n))
-        judged(scores[-1:])
+        wait_for_judge()
     scores = concatenated([future.result() for future in scores])
     return Samples(records, torch.cat(latents), torch.cat(log_probs), scores), seconds
 
@@ -1049,6 +1049,23 @@ def step_weights(times: list[float], config: Config) -> list[float]:
     return [ratio * len(ratios) / sum(ratios) for ratio in ratios]
 
 
+def optimizer_step(run: Run) -> Tensor:
+    """Step along the accumulated gradient, and average the adapter when it is time to. Returns the gradient's norm."""
+    run.scaler.unscale_(run.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(run.parameters, 1.0)
+    if not norm.isfinite() and run.scaler.get_scale() <= 1:  # at a larger scale, the scaler skips and halves
+        raise Diverged("the gradient is not finite: start a new run with a lower --learning-rate")
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.updates += 1
+    if run.updates % run.config.ema_interval == 0:
+        decay = min(0.9, (1 + run.updates) / (10 + run.updates))  # shorter while there is little to average [C]
+        for average, p in zip(run.ema, run.parameters):
+            average.lerp_(p.detach(), 1 - decay)
+    return norm.nan_to_num(0, 0)
+
+
 def update(run: Run, samples: Samples, generator: torch.Generator) -> dict[str, float]:
     """The epoch's optimiser steps, on the samples that have an advantage. Returns the mean statistics."""
     config, device, null_text = run.config, run.pipe.device, run.null_text
@@ -1062,8 +1079,8 @@ def update(run: Run, samples: Samples, generator: torch.Generator) -> dict[str, 
     with bar(len(kept), "update") as progress:
         for chunk in chunks:
             for i in chunk.split(config.batch_size):
-                whole = run.pad(i.tolist())
-                text, latents = run.text([samples.records[j] for j in whole]), samples.latents[whole].to(device)
+                padded = run.pad(i.tolist())
+                text, latents = run.text([samples.records[j] for j in padded]), samples.latents[padded].to(device)
                 old_log_probs, advantage = samples.log_probs[i].to(device), advantages[i].to(device)
                 for k, step_weight in enumerate(weights):
                     times = all_times[k], all_times[k + 1]
@@ -1078,19 +1095,7 @@ def update(run: Run, samples: Samples, generator: torch.Generator) -> dict[str, 
                     for name, value in stats.items():
                         totals[name] = totals.get(name, 0.0) + value * weight / len(chunks)
                 progress.update(len(i))
-            run.scaler.unscale_(run.optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(run.parameters, 1.0)
-            if not norm.isfinite() and run.scaler.get_scale() <= 1:  # at a larger scale, the scaler skips and halves
-                raise Diverged("the gradient is not finite: start a new run with a lower --learning-rate")
-            run.scaler.step(run.optimizer)
-            run.scaler.update()
-            run.optimizer.zero_grad(set_to_none=True)
-            totals["grad_norm"] += norm.nan_to_num(0, 0) / len(chunks)
-            run.updates += 1
-            if run.updates % config.ema_interval == 0:
-                decay = min(0.9, (1 + run.updates) / (10 + run.updates))  # shorter while there is little to average [C]
-                for average, p in zip(run.ema, run.parameters):
-                    average.lerp_(p.detach(), 1 - decay)
+            totals["grad_norm"] += optimizer_step(run) / len(chunks)
     stats = {"trained": len(kept) / len(advantages), "ratio_deviation": deviation, **totals}
     return {name: float(value) for name, value in stats.items()}
 
