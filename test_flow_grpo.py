@@ -1,5 +1,7 @@
 """Tests of flow_grpo.py: no network, no GPU; a few minutes on 2 cores."""
 
+import functools
+import importlib
 import json
 import math
 import random
@@ -27,6 +29,7 @@ from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
 from torch.distributions import Normal, kl_divergence
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -1314,6 +1317,45 @@ def test_large_and_foreign_prompt_files(work):
     assert time.time() - start < 20
     Path("separators.txt").write_text('a\u2028b "1"\n')  # a line ends at \\n alone
     assert len(flow_grpo.read_prompts("separators.txt")) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The bench.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(HERE / "bench")
+    return importlib.import_module("throughput")
+
+
+def test_bench_builds_sd35_medium_at_its_real_size(bench):
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel(**bench.SD35_TRANSFORMER)
+        x, text = torch.empty(1, 16, 64, 64), flow_grpo.Text(torch.empty(1, 205, 4096), torch.empty(1, 2048))
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            flow_grpo.predict_velocity(transformer, x, 0.5, text, text, 1.0)
+    assert sum(p.numel() for p in transformer.parameters()) == pytest.approx(2.243e9, rel=1e-3)
+    assert counter.get_total_flops() == pytest.approx(2.22e12, rel=0.01)
+
+
+def test_bench_measures_both_loops(bench, capsys):
+    sizes = dict(height=64, width=64, max_sequence_length=8, batch_size=2, prompts_per_epoch=1, group_size=4)
+
+    def make_run(compiled, batch_size):
+        return bench.random_run(bench.SMALL_TRANSFORMER, flow_grpo.Config(compile=False, updates_per_epoch=1, **sizes))
+
+    run = make_run(False, 2)
+    rollout, update = bench.needed_flops(run)
+    assert rollout * (9 * 5) == update * (10 * 2)  # 2 passes a step drawn; 2 of the policy, a backward, 2 of the reference
+    for loop in (bench.PlainLoop(run, None).epoch, functools.partial(bench.our_epoch, run)):
+        seconds = loop(0)
+        assert seconds["epoch"] == pytest.approx(sum(seconds[part] for part in ("rollout", "scoring", "update")), rel=0.01)
+        assert seconds["rollout"] > 0 and seconds.get("deviation", 0) < 1e-5
+    bench.table(make_run, [2], 1, 1e12)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[0].strip() for line in lines[1:]] == ["plain", "flow_grpo", "flow_grpo, compiled"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -53,9 +53,9 @@ def random_pipeline(transformer: dict) -> StableDiffusion3Pipeline:
             pipe = StableDiffusion3Pipeline(
                 transformer=SD3Transformer2DModel(**transformer),
                 vae=AutoencoderKL(
-                    block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
-                    up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=16,
-                    scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False,
+                    block_out_channels=(128, 256, 512, 512) if transformer == SD35_TRANSFORMER else (32,) * 4,
+                    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+                    layers_per_block=2, latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False,
                 ),
                 scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), text_encoder=None, tokenizer=None,
                 text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
