@@ -690,7 +690,7 @@ class Config:
     width: int = setting(512, "pixels")
     max_sequence_length: int = setting(128, "T5 tokens (without T5, zeros that stand for them)")
     eval_every: int = setting(20, "epochs between evaluations")
-    compile: bool = setting(True, "compile the network's blocks: some minutes once, each epoch faster")
+    compile: bool = setting(True, "compile the network's blocks: a minute or more once, each epoch faster")
     seed: int = setting(0, "of the adapter, the prompts' order and the noise")
 
 
@@ -724,7 +724,7 @@ def read_prompts(path: str, checks: Iterable[Callable[[dict], object]] = ()) -> 
         if "\0" in text:
             raise ValueError
     except OSError as e:
-        raise UserError(f"can't read the prompt file {path} ({e.strerror}): check the path")
+        raise UserError(f"can't read the prompt file {path} ({e.strerror}): check the path, or give --prompt-file")
     except ValueError:
         raise UserError(f"the prompt file {path} is not UTF-8 text: give a file with one prompt a line")
     records = []
@@ -782,6 +782,8 @@ def load_pipeline(config: Config, dtype: torch.dtype) -> StableDiffusion3Pipelin
         absent = {name: None for name, part in parts.items() if part == [None, None]}  # T5, as a rule
         return StableDiffusion3Pipeline.from_pretrained(config.model, dtype=dtype, **absent)
 
+    if Path(config.model).is_absolute() and not Path(config.model).is_dir():
+        raise UserError(f"there is no folder {config.model}: check --model")
     pipe = from_hub(config.model, load, "--model")
     factor = pipe.vae_scale_factor * pipe.patch_size
     largest = pipe.transformer.config.pos_embed_max_size * factor
@@ -894,7 +896,7 @@ def assemble(config: Config, pipe, reward: list[Part], train_records, eval_recor
 def compile_blocks(run: Run) -> None:
     """Compile the transformer's blocks and try each form that a run needs; if that fails, say so and go on without."""
     config, transformer = run.config, run.pipe.transformer
-    print("Compiling the network's blocks, which takes some minutes.", flush=True)
+    print("Compiling the network's blocks, which takes a minute or more.", flush=True)
     # A form of a block for each kind of block, with a graph and without, with the adapter and without: more than the 8
     # at which torch would silently give up.
     torch.compiler.config.recompile_limit = 256
@@ -1150,6 +1152,8 @@ def train(run: Run, out: Path) -> None:
         while True:
             due = run.epoch % config.eval_every == 0 or run.epoch >= config.epochs
             if due and not any(m["epoch"] == run.epoch and "eval_reward" in m for m in metrics):
+                tqdm.write(f"epoch {run.epoch}: evaluating on {len(run.eval_records)} prompts")
+                sys.stdout.flush()
                 result, images = evaluate(run)
                 write_grid(images, out / "samples" / f"epoch_{run.epoch:05}.png")
                 log({"epoch": run.epoch, **result})
@@ -1198,7 +1202,8 @@ def identity(run: Run) -> dict:
     """What must be the same for a checkpoint to be this run's: the settings but for MAY_CHANGE, and the prompts."""
     settings = {n: v for n, v in dataclasses.asdict(run.config).items() if n not in MAY_CHANGE}
     prompts = hashlib.sha256(json.dumps([run.train_records, run.eval_records]).encode()).hexdigest()
-    return settings | {"prompts": prompts, "device": run.pipe.device.type}
+    # A model's folder may have moved.
+    return settings | {"model": Path(run.config.model).name, "prompts": prompts, "device": run.pipe.device.type}
 
 
 def digest(state: str, tensors: dict[str, Tensor]) -> str:
@@ -1258,14 +1263,18 @@ def restore(run: Run, path: Path) -> None:
 
 
 def read_metrics(path: Path, epoch: int) -> list[dict]:
-    """The lines up to a checkpoint's epoch; a last line cut short is dropped."""
+    """The lines up to a checkpoint's epoch; a last line cut short is dropped. Raises UserError if another is damaged."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
     metrics = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for number, line in enumerate(lines, 1):
         try:
-            metrics.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return [m for m in metrics if m["epoch"] <= epoch]
+            record = json.loads(line)
+            if record["epoch"] <= epoch:
+                metrics.append(record)
+        except (ValueError, TypeError, KeyError):
+            if number < len(lines):
+                raise UserError(f"{path}, line {number} is damaged: put back a copy, or delete that line")
+    return metrics
 
 
 def write_grid(images: Tensor, path: Path) -> None:
@@ -1326,11 +1335,19 @@ def configure(argv: list[str] | None) -> tuple[Config, Path, bool]:
 
     if resume and (out / "config.json").exists():
         try:
-            stored = dataclasses.asdict(Config(**json.loads((out / "config.json").read_text(encoding="utf-8"))))
-        except (ValueError, TypeError) as e:
+            stored = dict(json.loads((out / "config.json").read_text(encoding="utf-8")))
+            for field in dataclasses.fields(Config):
+                value, kinds = stored[field.name], (str if field.default is None else type(field.default),)
+                kinds += (int,) if float in kinds else (type(None),) if field.name == "eval_prompt_file" else ()
+                if type(value) not in kinds:
+                    raise TypeError(f"{field.name} is {value!r}")
+            stored = dataclasses.asdict(Config(**stored))
+        except (ValueError, TypeError, KeyError) as e:
             raise UserError(f"{out / 'config.json'} is damaged ({e}): put back a copy of it, or start a new run")
         print(f"Resuming the run in {out}.", flush=True)
         return Config(**stored | given), out, True
+    if resume and (out / "checkpoint.safetensors").exists():
+        raise UserError(f"{out / 'config.json'} is missing: put back a copy of it, or start a new run")
     if not resume and any((out / name).exists() for name in ("config.json", "checkpoint.safetensors", "metrics.jsonl")):
         raise UserError(f"{out} holds another run: give another --output-dir, or go on with it by --resume {out}")
     if "prompt_file" not in given:
@@ -1363,6 +1380,7 @@ def main(argv: list[str] | None = None) -> int:
         if resume and (out / "checkpoint.safetensors").exists():
             restore(run, out / "checkpoint.safetensors")
             save(run, out)  # the weights may be an epoch behind the checkpoint
+            print(f"{run.epoch} epochs are done, of {config.epochs}.", flush=True)
         print("\n".join(f"  {name:20} {value}" for name, value in dataclasses.asdict(config).items()), flush=True)
         hint = f" (to go on: python flow_grpo.py --resume {out})"
         train(run, out)

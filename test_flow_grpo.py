@@ -691,7 +691,10 @@ def test_killed_and_resumed_again_and_again(model, work):
 
 def test_resume_can_prolong_a_run_but_not_change_it(model, work, capsys):
     assert flow_grpo.main(arguments(model, epochs=2)) == 0
-    assert flow_grpo.main(["--resume", "out", "--epochs", "3", "--batch-size", "2"]) == 0
+    shutil.copytree(model, "moved")
+    shutil.move("moved", model.name)  # the same folder elsewhere is the same model
+    assert flow_grpo.main(["--resume", "out", "--epochs", "3", "--batch-size", "2", "--model", model.name]) == 0
+    assert "2 epochs are done, of 3" in capsys.readouterr().out
     assert [m["epoch"] for m in metrics() if "reward" in m] == [1, 2, 3]
     assert json.loads(Path("out/config.json").read_text())["epochs"] == 3
 
@@ -800,11 +803,19 @@ def test_other_run_in_the_folder_and_nothing_lost(model, work, capsys):
     fails(["--resume", "out", "--prompt-file", "other.txt"], capsys, "other prompts")
     fails(["--resume", "nowhere"], capsys, "nowhere holds no run")
     config = json.loads(Path("out/config.json").read_text())
-    for text, word in [(json.dumps(config | {"seed": 5}), "seed"), ("{", "damaged"), ('{"x": 1}', "damaged")]:
+    damaged = ["{", '{"x": 1}', "7", json.dumps(config | {"epochs": "three"}), json.dumps(config | {"reward": None})]
+    for text, word in [(json.dumps(config | {"seed": 5}), "seed"), *((text, "config.json is damaged") for text in damaged)]:
         Path("out/config.json").write_text(text)
         fails(["--resume", "out"], capsys, word)
+    Path("out/config.json").unlink()
+    fails(["--resume", "out"], capsys, "config.json is missing")
     Path("out/config.json").write_text(json.dumps(config, indent=2) + "\n")
     assert before == {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}
+    lines = Path("out/metrics.jsonl").read_bytes()
+    for bad in (b"5", b"\xff\xfe", b"garbage"):
+        Path("out/metrics.jsonl").write_bytes(bad + b"\n" + lines)
+        fails(["--resume", "out"], capsys, "metrics.jsonl, line 1 is damaged")
+        assert Path("out/metrics.jsonl").read_bytes() == bad + b"\n" + lines
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
