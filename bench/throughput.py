@@ -342,9 +342,9 @@ def main() -> None:
     batch_sizes = args.batch_sizes or ([48, 96, 192] if args.model == "tiny-sd3" else [1, 2, 4, 8])
     run = make_run(False, batch_sizes[0])
     print(f"needed per image: {' + '.join(f'{n / 1e12:.3g}' for n in needed_flops(run))} TFLOP (rollout + update)\n")
-    if args.profile:
-        return profile(run)
     del run
+    if args.profile:
+        return profile(make_run(device == "cuda", batch_sizes[-1]))
     table(make_run, batch_sizes, args.repetitions, peak_rate)
     if args.model == "tiny-sd3":
         compare_with_plain_loop(args.repetitions)
