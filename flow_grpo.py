@@ -229,19 +229,17 @@ def device_and_dtype() -> tuple[str, torch.dtype]:
     return ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
 
 
+def quoted_texts(prompt: str) -> list[str]:
+    """What stands between double quotes in a prompt, blanks left out."""
+    return [text for text in re.findall(r'["“]([^"“”]*)["”]', prompt) if text.strip()]
+
+
 def quoted_text(prompt: str) -> str:
-    """The text that a prompt asks for: the first between double quotes that isn't blank. Raises UserError without one."""
-    texts = [text for text in re.findall(r'["“]([^"“”]*)["”]', prompt) if text.strip()]
+    """The text that a prompt asks for: the first that it quotes. Raises UserError without one."""
+    texts = quoted_texts(prompt)
     if not texts:
         raise UserError(f'the ocr reward needs a text in double quotes, as in: a sign that says "407"; got: {prompt}')
     return texts[0]
-
-
-def quotes_text(prompt: str) -> bool:
-    try:
-        return bool(quoted_text(prompt))
-    except UserError:
-        return False
 
 
 @functools.cache
@@ -657,6 +655,11 @@ def out_of_memory(e: BaseException) -> bool:
 
 def setting(default, text: str):
     return dataclasses.field(default=default, metadata={"help": text})
+
+
+def kind(field: dataclasses.Field) -> type:
+    """The type of a setting; those without a default are strings."""
+    return str if field.default is None else type(field.default)
 
 
 @dataclasses.dataclass
@@ -1319,8 +1322,7 @@ def configure(argv: list[str] | None) -> tuple[Config, Path, bool]:
         if field.default is not None:
             laptop = f"; {LAPTOP[field.name]} with tiny-sd3" if field.name in LAPTOP else ""
             text += f" (default {field.default}{laptop})"
-        kind = str if field.default is None else type(field.default)
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        how = {"action": argparse.BooleanOptionalAction} if kind(field) is bool else {"type": kind(field)}
         parser.add_argument(f"--{field.name.replace('_', '-')}", help=text, **how)
     parser.add_argument("--resume", nargs="?", const="", metavar="DIR", help="go on with the run in DIR or --output-dir")
     given = vars(parser.parse_args(argv))
@@ -1338,8 +1340,8 @@ def configure(argv: list[str] | None) -> tuple[Config, Path, bool]:
         try:
             stored = dict(json.loads((out / "config.json").read_text(encoding="utf-8")))
             for field in dataclasses.fields(Config):
-                value, kind = stored[field.name], str if field.default is None else type(field.default)
-                fits = type(value) is kind or (kind, type(value)) == (float, int)
+                value = stored[field.name]
+                fits = type(value) is kind(field) or (kind(field), type(value)) == (float, int)
                 if not fits and (field.name, value) != ("eval_prompt_file", None):
                     raise TypeError(f"{field.name} is {value!r}")
             stored = dataclasses.asdict(Config(**stored))
@@ -1365,7 +1367,7 @@ def configure(argv: list[str] | None) -> tuple[Config, Path, bool]:
     if "reward" not in given:
         files = [given[name] for name in ("prompt_file", "eval_prompt_file") if given.get(name)]
         prompts = [r["prompt"] for path in files for r in read_prompts(path)]
-        without = next((p for p in prompts if not quotes_text(p)), None)
+        without = next((p for p in prompts if not quoted_texts(p)), None)
         given["reward"] = "ocr" if without is None else "pickscore"
         why = "every prompt quotes a text" if without is None else f"not every prompt quotes a text ({without[:60]})"
         print(f"The reward is {given['reward']}, because {why}; --reward chooses another.", flush=True)

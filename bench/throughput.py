@@ -55,7 +55,8 @@ def random_pipeline(transformer: dict) -> StableDiffusion3Pipeline:
                 vae=AutoencoderKL(
                     block_out_channels=(128, 256, 512, 512) if transformer == SD35_TRANSFORMER else (32,) * 4,
                     down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-                    layers_per_block=2, latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False,
+                    layers_per_block=2, latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609,
+                    use_quant_conv=False, use_post_quant_conv=False,
                 ),
                 scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), text_encoder=None, tokenizer=None,
                 text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
@@ -153,9 +154,10 @@ class PlainLoop:
     def __init__(self, run: f.Run, encoders: StableDiffusion3Pipeline | None, changes: Sequence[str] = ()):
         from rapidocr import RapidOCR
 
-        self.run, self.encoders, self.changes = run, encoders, changes
-        sized = {"Det.limit_type": "max", "Det.limit_side_len": run.config.width}
-        self.engine = RapidOCR(params={"Global.log_level": "error"} | (sized if "detector sized" in changes else {}))
+        self.run, self.encoders, self.changes, self.engine = run, encoders, changes, None
+        if encoders is not None and "lines in parallel" not in changes:
+            sized = {"Det.limit_type": "max", "Det.limit_side_len": run.config.width}
+            self.engine = RapidOCR(params={"Global.log_level": "error"} | (sized if "detector sized" in changes else {}))
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> f.Text:
@@ -168,9 +170,8 @@ class PlainLoop:
         return f.Text(embeds, pooled)
 
     def judge(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        records = [{"prompt": p} for p in prompts]
-        if self.encoders is None or "lines in parallel" in self.changes:
-            return f.score_images(self.run.reward, images, records)["reward"]
+        if self.engine is None:
+            return f.score_images(self.run.reward, images, [{"prompt": p} for p in prompts])["reward"]
         rewards = []
         for image, prompt in zip(images, prompts):
             pixels = (image * 255).byte().permute(1, 2, 0).flip(-1).cpu().numpy()
