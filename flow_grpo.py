@@ -8,6 +8,9 @@ Fine-tunes Stable Diffusion 3.5 Medium with LoRA, or the small SD3 embedded in t
 [C] The authors' code, yifan123/flow_grpo.
 [G] Ghosh et al., GenEval, arXiv 2310.11513, and its code, djghosh13/geneval.
 
+To learn the method, read "The method", "Sampling" and "Training" (search for "# ----"): a quarter of the file. The rest is
+rewards, settings, the model's set-up, files and the command line.
+
 Shapes: B images in a batch, [C, H, W] a latent, T denoising steps, P prompts with G images each (the group).
 Times: t = 1 is noise and t = 0 the image, x_t = (1 - t) x_0 + t x_1, velocity = x_1 - x_0.
 """
@@ -681,12 +684,14 @@ class Config:
     updates_per_epoch: int = setting(2, "optimiser steps an epoch; all but the first are off-policy")
     batch_size: int = setting(4, "images in one forward pass: lower it to save memory")
     learning_rate: float = setting(3e-4, "of AdamW")
+    decay_after: int = setting(0, "epochs at the full learning rate, which then falls as 1 / epoch; 0 if it never falls")
+    max_grad_norm: float = setting(1.0, "a longer gradient is scaled down to this")
     beta: float = setting(0.04, "weight of the KL penalty")
     clip_range: float = setting(1e-4, "of the ratio; small, because log-probs are averaged over the latent's elements")
     guidance_scale: float = setting(4.5, "classifier-free guidance in training and evaluation; 1 for none")
     noise_level: float = setting(0.7, "of the SDE")
     trained_steps: int = setting(TRAIN_STEPS - 1, "denoising steps that are trained, from the first")
-    step_balance: float = setting(0.0, "1 weighs each step's loss by std / |dt|, to move the velocity alike; 0 as published")
+    step_balance: float = setting(0.0, "weighs each step's loss by (std / |dt|) to this power; 0 as published")
     lora_rank: int = setting(32, "of the adapter; its alpha is twice that")
     ema_interval: int = setting(8, "updates between two steps of the adapter's moving average")
     height: int = setting(512, "pixels")
@@ -698,11 +703,12 @@ class Config:
     seed: int = setting(0, "of the adapter, the prompts' order and the noise")
 
 
-# The embedded model's own defaults, for 2 CPU cores. What it gets wrong is mostly decided early: hence the balance.
+# The embedded model's own defaults, for 2 CPU cores. What it gets wrong is mostly decided early: hence the balance. As
+# failures become rare, their advantages and with them the gradient grow fivefold: hence its bound and the decay.
 LAPTOP = dict(
-    epochs=120, prompts_per_epoch=12, group_size=16, batch_size=96, learning_rate=1e-3, beta=0.0, clip_range=1e-3,
-    guidance_scale=1.0, noise_level=1.0, trained_steps=7, step_balance=1.0, lora_rank=16, ema_interval=4,
-    height=32, width=64, max_sequence_length=1, eval_every=40, compile=False,
+    epochs=120, prompts_per_epoch=12, group_size=16, batch_size=96, learning_rate=1.5e-3, decay_after=60,
+    max_grad_norm=5e-4, beta=0.0, clip_range=1e-3, guidance_scale=1.0, noise_level=1.0, trained_steps=7, step_balance=1.0,
+    lora_rank=16, ema_interval=4, height=32, width=64, max_sequence_length=1, eval_every=40, compile=False,
 )  # fmt: skip
 
 
@@ -711,8 +717,8 @@ MAY_CHANGE = {"prompt_file", "eval_prompt_file", "output_dir", "epochs", "batch_
 
 
 def check(config: Config) -> None:
-    """Refuse settings that can't work."""
-    least = {"group_size": 2, "guidance_scale": 1, "beta": 0, "seed": 0, "step_balance": 0}  # the others: above 0
+    """Refuse settings that can't work: those below their least, or not above 0 if they have none, and those too large."""
+    least = {"group_size": 2, "guidance_scale": 1, "beta": 0, "seed": 0, "step_balance": 0, "decay_after": 0}
     most = {"trained_steps": TRAIN_STEPS, "max_sequence_length": 512, "seed": 10**9}  # 512: SD3's own limit
     for name, value in dataclasses.asdict(config).items():
         low, high = least.get(name, math.ulp(0.0)), most.get(name, sys.float_info.max)
@@ -1044,9 +1050,10 @@ def step_weights(times: list[float], config: Config) -> list[float]:
     """The weight of each trained step's loss, 1 on average.
 
     By default the last step is not trained: at t = .0089 the policy is so narrow that rounding would dominate the ratio [C].
-    The gradient of log_prob by the velocity is |dt| / std, times 1 + noise_level^2 / 2 but for the first step: at the last
-    trained step 26 times as large as at the first. Published runs leave it so; `step_balance` 1 takes |dt| / std out, for
-    what is decided early.
+    The gradient of log_prob by the velocity is |dt| / std, times 1 + noise_level^2 / 2 but for the first step: by the
+    published settings 26 times as large at the last trained step as at the first. Published runs leave it so. `step_balance`
+    takes |dt| / std out: with 1 the steps' gradients are about alike; with 2 each velocity moves about as by the natural
+    gradient, by more where it has more to choose from, which is early.
     """
     x, ratios = torch.zeros(1, 1, 1, 1), []
     for t, t_next in list(zip(times, times[1:]))[: config.trained_steps]:
@@ -1057,15 +1064,19 @@ def step_weights(times: list[float], config: Config) -> list[float]:
 
 def optimizer_step(run: Run) -> Tensor:
     """Step along the accumulated gradient, and average the adapter when it is time to. Returns the gradient's norm."""
+    config = run.config
+    for group in run.optimizer.param_groups:
+        # By the epochs done, not those to come: a prolonged run is the same as one that was long from the start.
+        group["lr"] = config.learning_rate * (min(1, config.decay_after / (run.epoch + 1)) if config.decay_after else 1)
     run.scaler.unscale_(run.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(run.parameters, 1.0)
+    norm = torch.nn.utils.clip_grad_norm_(run.parameters, config.max_grad_norm)
     if not norm.isfinite() and run.scaler.get_scale() <= 1:  # at a larger scale, the scaler skips and halves
         raise Diverged("the gradient is not finite: start a new run with a lower --learning-rate")
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     run.updates += 1
-    if run.updates % run.config.ema_interval == 0:
+    if run.updates % config.ema_interval == 0:
         decay = min(0.9, (1 + run.updates) / (10 + run.updates))  # shorter while there is little to average [C]
         for average, p in zip(run.ema, run.parameters):
             average.lerp_(p.detach(), 1 - decay)
@@ -1173,6 +1184,7 @@ def train(run: Run, out: Path) -> None:
             run.epoch += 1
             rewards = averages(samples.scores, samples.records) | {"reward_std": samples.scores["reward"].std().item()}
             seconds["seconds_update"] = time.perf_counter() - start
+            del samples  # gigabytes, at SD3.5's size
             log({"epoch": run.epoch, **rewards, **stats, **seconds})
             save(run, out)
             progress.update()
