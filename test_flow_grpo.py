@@ -978,7 +978,6 @@ def reward_folders(tmp_path_factory):
 
 @pytest.fixture
 def reward_models(reward_folders, monkeypatch):
-    monkeypatch.setattr(flow_grpo, "device_and_dtype", lambda: ("cpu", torch.float32))
     monkeypatch.setattr(flow_grpo, "DETECTOR", str(reward_folders / "detector"))
     monkeypatch.setattr(flow_grpo, "DETECTOR_SIZE", {"shortest_edge": 64, "longest_edge": 128})
     monkeypatch.setattr(flow_grpo, "CLIP", f"local-dir:{reward_folders / 'clip'}")
@@ -1417,7 +1416,6 @@ def test_embedded_model_loads_plainly_and_draws_signs():
 def test_default_run_is_the_embedded_model_and_learns(tmp_path, monkeypatch, capsys):
     """A short real run, through the command line, with the real reward: the held-out reward rises."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     shutil.copy(HERE / "prompts.txt", tmp_path)
     Path("eval.txt").write_text("".join((tmp_path / "prompts.txt").read_text().splitlines(True)[:128]))
     Path("train.txt").write_text("".join((tmp_path / "prompts.txt").read_text().splitlines(True)[128:]))
