@@ -700,6 +700,7 @@ class Config:
     eval_every: int = setting(20, "epochs between evaluations")
     # On a CPU it gains a tenth, which short runs don't earn back.
     compile: bool = setting(torch.cuda.is_available(), "compile the network's blocks, once; by default with a GPU")
+    gradient_checkpointing: bool = setting(False, "keep little for the backward pass and compute it again: less memory, slower")
     seed: int = setting(0, "of the adapter, the prompts' order and the noise")
 
 
@@ -713,7 +714,9 @@ LAPTOP = dict(
 
 
 # What --resume lets one change: the rest, and the prompts themselves, must be as they were.
-MAY_CHANGE = {"prompt_file", "eval_prompt_file", "output_dir", "epochs", "batch_size", "eval_every", "compile"}
+MAY_CHANGE = {
+    "prompt_file", "eval_prompt_file", "output_dir", "epochs", "batch_size", "eval_every", "compile", "gradient_checkpointing",
+}  # fmt: skip
 
 
 def check(config: Config) -> None:
@@ -889,6 +892,8 @@ def assemble(config: Config, pipe, reward: list[Part], train_records, eval_recor
     if device == "cuda":
         torch.set_float32_matmul_precision("high")  # for the adapter: TF32 has as many digits as the base's fp16
     parameters = add_adapter(pipe.transformer, config)
+    if config.gradient_checkpointing:
+        save_memory(pipe)
     pipe.to(device)
     run = Run(
         config, pipe, reward, train_records, eval_records, texts, parameters,
@@ -903,6 +908,12 @@ def assemble(config: Config, pipe, reward: list[Part], train_records, eval_recor
     return run
 
 
+def save_memory(pipe) -> None:
+    """Keep each block's input alone for the backward pass, which computes the rest again, and decode images one by one."""
+    pipe.transformer.enable_gradient_checkpointing()
+    pipe.vae.enable_slicing()  # else decoding would need the most
+
+
 def compile_blocks(run: Run) -> None:
     """Compile the transformer's blocks and try each form that a run needs; if that fails, say so and go on without."""
     config, transformer = run.config, run.pipe.transformer
@@ -915,7 +926,8 @@ def compile_blocks(run: Run) -> None:
     text = run.text([{"prompt": ""}] * config.batch_size)
     x = torch.zeros(config.batch_size, *run.latent_shape, device=run.pipe.device)
     try:
-        log_prob, kl = score_step(run, x, x, 1.0, 0.5, text, run.null_text)
+        v_ref, *_ = reference_velocities(run, x[:, None], [1.0], text, run.null_text)
+        log_prob, kl = score_step(run, x, x, 1.0, 0.5, text, run.null_text, v_ref)
         (log_prob + kl).sum().backward()
         with torch.no_grad():
             predict_velocity(transformer, x, 1.0, text, run.null_text, 1)
@@ -1008,7 +1020,7 @@ def collect(run: Run, generator: torch.Generator) -> tuple[Samples, dict[str, fl
         for i in range(0, len(records), config.batch_size):
             batch, start = records[i : i + config.batch_size], time.perf_counter()
             text = run.text(run.pad(batch))
-            noise = torch.randn(len(text.embeds), *run.latent_shape, generator=generator).to(device)
+            noise = torch.randn(len(text.embeds), *run.latent_shape, generator=generator, device=device)
             path, log_prob = rollout(
                 run.pipe.transformer, noise, text, null_text, times, config.noise_level, config.guidance_scale,
                 generator, graph=run.one_form,
@@ -1029,15 +1041,25 @@ def collect(run: Run, generator: torch.Generator) -> tuple[Samples, dict[str, fl
     return Samples(records, torch.cat(latents), torch.cat(log_probs), scores), seconds
 
 
-def score_step(run: Run, x: Tensor, x_next: Tensor, t: float, t_next: float, text: Text, null_text: Text):
-    """The log_prob [B] of a rollout's step under the adapter as it is now, and its KL [B] to the base model."""
-    transformer, guidance_scale, noise_level = run.pipe.transformer, run.config.guidance_scale, run.config.noise_level
-    if run.config.beta > 0:
-        with torch.no_grad(), reference(transformer):
-            v_ref = predict_velocity(transformer, x, t, text, null_text, guidance_scale)
-    v = predict_velocity(transformer, x, t, text, null_text, guidance_scale)
-    _, log_prob, mean, std = sde_step(v, x, t, t_next, noise_level, x_next)
+@torch.no_grad()
+def reference_velocities(run: Run, latents: Tensor, times: list[float], text: Text, null_text: Text) -> list[Tensor | None]:
+    """The base model's velocity at each of the times, of latents [B, T, C, H, W]; None for each where no KL asks for it."""
     if run.config.beta == 0:
+        return [None] * len(times)
+    transformer, guidance_scale = run.pipe.transformer, run.config.guidance_scale
+    with reference(transformer):  # switching walks through the whole network: once for all times
+        return [predict_velocity(transformer, latents[:, k], t, text, null_text, guidance_scale) for k, t in enumerate(times)]
+
+
+def score_step(
+    run: Run, x: Tensor, x_next: Tensor, t: float, t_next: float, text: Text, null_text: Text, v_ref: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The log_prob [B] of a rollout's step under the adapter as it is now, and its KL [B] to the base model, which has the
+    velocity v_ref."""
+    noise_level = run.config.noise_level
+    v = predict_velocity(run.pipe.transformer, x, t, text, null_text, run.config.guidance_scale)
+    _, log_prob, mean, std = sde_step(v, x, t, t_next, noise_level, x_next)
+    if v_ref is None:
         return log_prob, torch.zeros_like(log_prob)
     _, _, ref_mean, _ = sde_step(v_ref, x, t, t_next, noise_level, x_next)
     # The published betas weigh [C]'s KL, which leaves |dt| out of the variance: the late, low-noise steps count more, and
@@ -1086,11 +1108,11 @@ def optimizer_step(run: Run) -> Tensor:
 def update(run: Run, samples: Samples, generator: torch.Generator) -> dict[str, float]:
     """The epoch's optimiser steps, on the samples that have an advantage. Returns the mean statistics."""
     config, device, null_text = run.config, run.pipe.device, run.null_text
-    all_times = schedule(run.pipe.scheduler, TRAIN_STEPS)
-    weights = step_weights(all_times, config)
+    times = schedule(run.pipe.scheduler, TRAIN_STEPS)
+    weights = step_weights(times, config)
     advantages = group_advantages(samples.scores["reward"].view(-1, config.group_size)).flatten()
     kept = advantages.nonzero().flatten()  # a group of equal rewards teaches nothing: drop it before the work
-    kept = kept[torch.randperm(len(kept), generator=generator)]
+    kept = kept[torch.randperm(len(kept), generator=generator, device=device).cpu()]
     chunks = [chunk for chunk in kept.tensor_split(config.updates_per_epoch) if len(chunk)]
     totals, deviation = {"grad_norm": 0.0}, torch.zeros((), device=device)
     with bar(len(kept), "update") as progress:
@@ -1099,10 +1121,10 @@ def update(run: Run, samples: Samples, generator: torch.Generator) -> dict[str, 
                 padded = run.pad(i.tolist())
                 text, latents = run.text([samples.records[j] for j in padded]), samples.latents[padded].to(device)
                 old_log_probs, advantage = samples.log_probs[i].to(device), advantages[i].to(device)
+                v_refs = reference_velocities(run, latents, times[: len(weights)], text, null_text)
                 for k, step_weight in enumerate(weights):
-                    times = all_times[k], all_times[k + 1]
-                    scored = score_step(run, latents[:, k], latents[:, k + 1], *times, text, null_text)
-                    log_prob, kl = (s[: len(i)] for s in scored)
+                    step = latents[:, k], latents[:, k + 1], times[k], times[k + 1]
+                    log_prob, kl = (s[: len(i)] for s in score_step(run, *step, text, null_text, v_refs[k]))
                     old = old_log_probs[:, k]
                     loss, stats = grpo_loss(log_prob, old, advantage, kl, config.clip_range, config.beta)
                     weight = len(i) / len(chunk) / len(weights)
@@ -1176,8 +1198,9 @@ def train(run: Run, out: Path) -> None:
                 write_curve(metrics, out / "curve.png")
             if run.epoch >= config.epochs:
                 break
-            # A generator of its own for each epoch: nothing about randomness needs to be in the checkpoint.
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + run.epoch)
+            # A generator of its own for each epoch: nothing about randomness needs to be in the checkpoint. On the device:
+            # to copy its noise there would keep the device waiting at each step.
+            generator = torch.Generator(run.pipe.device).manual_seed(config.seed * 1_000_003 + run.epoch)
             samples, seconds = collect(run, generator)
             start = time.perf_counter()
             stats = update(run, samples, generator)

@@ -316,14 +316,15 @@ def work(tmp_path, monkeypatch):
     return tmp_path
 
 
-def arguments(model, out="out", reward="rewards.py:red", compile=False, **flags):
+def arguments(model, out="out", reward="rewards.py:red", compile=False, gradient_checkpointing=False, **flags):
     flags = {
         "prompt-file": "prompts.txt", "model": model, "reward": reward, "output-dir": out, "epochs": 3,
         "prompts-per-epoch": 2, "group-size": 4, "batch-size": 3, "guidance-scale": 2, "height": 16, "width": 16,
         "max-sequence-length": 5, "learning-rate": 1e-2, "eval-every": 2, "lora-rank": 4, "ema-interval": 1,
     } | {name.replace("_", "-"): value for name, value in flags.items()}  # fmt: skip
     given = [str(part) for name, value in flags.items() if value is not None for part in (f"--{name}", value)]
-    return given + ["--compile" if compile else "--no-compile"]
+    switches = {"compile": compile, "gradient-checkpointing": gradient_checkpointing}
+    return given + [f"--{name}" if on else f"--no-{name}" for name, on in switches.items()]
 
 
 def prepare(args):
@@ -518,22 +519,30 @@ def epoch(run):
     samples, _ = flow_grpo.collect(run, generator)
     times, x = flow_grpo.schedule(run.pipe.scheduler, 10), samples.latents[: run.config.batch_size]
     text = run.text(samples.records[: len(x)])
-    log_prob, kl = flow_grpo.score_step(run, x[:, 3], x[:, 4], times[3], times[4], text, run.null_text)
+    v_refs = flow_grpo.reference_velocities(run, x, times[:4], text, run.null_text)
+    log_prob, kl = flow_grpo.score_step(run, x[:, 3], x[:, 4], times[3], times[4], text, run.null_text, v_refs[3])
     advantages = torch.linspace(-1, 1, len(x))
     loss, _ = grpo_loss(log_prob, samples.log_probs[: len(x), 3], advantages, kl, 0.1, 0.04)
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, run.parameters)])
     return samples, loss.detach(), gradient, flow_grpo.update(run, samples, generator)
 
 
-def test_compiled_blocks_give_the_same_numbers(any_model, work):
+def active_run(model, **settings):
+    """A run whose adapter does something: at first it is zero."""
+    run = prepare(arguments(model, **settings))
+    for p in run.parameters:
+        p.data.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    return run
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_compiled_blocks_give_the_same_numbers(any_model, work, checkpointed):
     """In float32: log-probs and loss to 1e-4, the gradient to 1e-3 of its norm."""
-    results = []
-    for compiled in (False, True):
-        run = prepare(arguments(any_model, compile=compiled, batch_size=4))
-        for p in run.parameters:  # an adapter that does something: at first it is zero
-            p.data.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
-        results.append(epoch(run))
-    (samples, loss, gradient, stats), (compiled_samples, compiled_loss, compiled_gradient, compiled) = results
+    samples, loss, gradient, stats = epoch(active_run(any_model, batch_size=4))
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    run = active_run(any_model, batch_size=4, compile=True, gradient_checkpointing=checkpointed)
+    compiled_samples, compiled_loss, compiled_gradient, compiled = epoch(run)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert torch.allclose(samples.log_probs, compiled_samples.log_probs, atol=1e-4)
     assert torch.allclose(samples.latents, compiled_samples.latents, atol=1e-3)
@@ -542,13 +551,34 @@ def test_compiled_blocks_give_the_same_numbers(any_model, work):
     assert compiled["ratio_deviation"] < 1e-5 and compiled["kl"] == pytest.approx(stats["kl"], rel=1e-2)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_ratios_are_one_in_half_precision(model, work, monkeypatch, compiled):
+def test_gradient_checkpointing_gives_the_same_numbers_and_keeps_less(any_model, work):
+    results, kept = [], []
+
+    def keep(tensor):
+        kept[-1] += tensor.nbytes
+        return tensor
+
+    for checkpointed in (False, True):
+        run = active_run(any_model, batch_size=4, gradient_checkpointing=checkpointed)
+        text, x = run.text(run.eval_records[:2]), torch.randn(2, *run.latent_shape)
+        kept.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            flow_grpo.predict_velocity(run.pipe.transformer, x, 0.5, text, run.null_text, 2.0)
+        decoded = []
+        run.pipe.vae.decoder.register_forward_pre_hook(lambda _, args: decoded.append(len(args[0])))
+        results.append(epoch(run))
+        assert set(decoded) == ({1} if checkpointed else {4})  # images a decoding
+    (samples, loss, gradient, stats), (same_samples, same_loss, same_gradient, same_stats) = results
+    assert torch.equal(samples.latents, same_samples.latents) and torch.equal(samples.log_probs, same_samples.log_probs)
+    assert torch.equal(loss, same_loss) and torch.equal(gradient, same_gradient) and gradient.norm() > 0
+    assert stats == pytest.approx(same_stats, rel=1e-3) and kept[1] < 0.2 * kept[0]
+
+
+@pytest.mark.parametrize("switches", [{}, {"compile": True}, {"compile": True, "gradient_checkpointing": True}])
+def test_ratios_are_one_in_half_precision(model, work, monkeypatch, switches):
     """By the same shapes and the same kernels: 256 elements a latent average no rounding away."""
     monkeypatch.setattr(flow_grpo, "device_and_dtype", lambda: ("cpu", torch.float16))
-    run = prepare(arguments(model, compile=compiled, batch_size=3, beta=0.1))  # batches of 3, 3, 2; then 3, 1, 3, 1
-    for p in run.parameters:
-        p.data.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    run = active_run(model, batch_size=3, beta=0.1, **switches)  # batches of 3, 3, 2; then 3, 1, 3, 1
     shapes = set()
     run.pipe.transformer.register_forward_pre_hook(lambda _, args: shapes.add(tuple(args[0].shape)))
     samples, _ = flow_grpo.collect(run, torch.Generator().manual_seed(0))
@@ -1373,10 +1403,10 @@ def test_bench_builds_sd35_medium_at_its_real_size(bench):
 def test_bench_measures_both_loops(bench, capsys):
     sizes = dict(height=64, width=64, max_sequence_length=8, batch_size=2, prompts_per_epoch=1, group_size=4)
 
-    def make_run(compiled, batch_size):
-        return bench.random_run(bench.SMALL_TRANSFORMER, flow_grpo.Config(compile=False, updates_per_epoch=1, **sizes))
+    def make_run(batch_size, compile=False, **switches):
+        return bench.random_run(bench.SMALL_TRANSFORMER, flow_grpo.Config(compile=False, updates_per_epoch=1, **sizes, **switches))
 
-    run = make_run(False, 2)
+    run = make_run(2)
     rollout, update = bench.needed_flops(run)
     assert rollout * (9 * 5) == update * (10 * 2)  # 2 passes a step drawn; 2 of the policy, a backward, 2 of the reference
     for loop in (bench.PlainLoop(run, None).epoch, functools.partial(bench.our_epoch, run)):
@@ -1385,7 +1415,22 @@ def test_bench_measures_both_loops(bench, capsys):
         assert seconds["rollout"] > 0 and seconds.get("deviation", 0) < 1e-5
     bench.table(make_run, [2], 1, 1e12)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("|")[0].strip() for line in lines[1:]] == ["plain", "flow_grpo", "flow_grpo, compiled"]
+    loops = ["plain", "flow_grpo", "flow_grpo, compiled", "compiled, checkpointing"]
+    assert [line.split("|")[0].strip() for line in lines[1:-1]] == loops
+
+
+def test_bench_counts_memory(bench):
+    with bench.Allocations([]) as counted:
+        kept = torch.empty(1000, device="meta")
+        view = (kept + 1).view(10, 100)
+        assert counted.now == 8000
+        del view
+        kept = kept + 1
+    assert counted.now == 4000 and counted.peak == 8000
+    (update, decoding), (small_update, small_decoding) = (bench.count_memory(flow_grpo.Config(), 2, c) for c in (False, True))
+    weights = 2 * 2.29 + 3 * 4 * 0.024  # GB: those of transformer and decoder, with the adapter's average and moments
+    assert weights < small_update < decoding < update and small_decoding < decoding
+    assert update - small_update > 0.9 * 2 * 24 * 20 * 1229 * 1536 * 2 / 1e9  # at the least 20 activations a block, of 24
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,11 +2,12 @@
 
     python bench/throughput.py                          SD3.5 Medium at its real size, 512x512, on a GPU
     python bench/throughput.py --model tiny-sd3         the embedded model on the CPU, beside a plain loop
+    python bench/throughput.py --count                  SD3.5 Medium's memory and FLOP, counted without a GPU
 
-For a plain loop, for flow_grpo.py without and with compiled blocks, and for each batch size: images/s of the rollout, of the
-update and of both, as medians with the least and the most; peak memory; TFLOP/s, counted from the work that the algorithm
-needs, and their share of what a large matrix product sustains on the same device in the same run; how far the first
-update's ratios are from 1; and the time of an epoch of 48 x 24 images, rewards not included.
+For a plain loop, for flow_grpo.py without and with compiled blocks, then with gradient checkpointing, and for each batch size:
+images/s of the rollout, of the update and of both, as medians with the least and the most; peak memory; TFLOP/s, counted from
+the work that the algorithm needs, and their share of what a large matrix product sustains on the same device in the same run;
+how far the first update's ratios are from 1; and the time of an epoch of 48 x 24 images, rewards not included.
 """
 
 import argparse
@@ -17,16 +18,23 @@ import math
 import statistics
 import sys
 import time
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable, Sequence
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from diffusers.utils import logging as diffusers_logging
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -43,10 +51,10 @@ SMALL_TRANSFORMER = SD35_TRANSFORMER | dict(
 )  # fmt: skip
 
 
-def random_pipeline(transformer: dict) -> StableDiffusion3Pipeline:
-    """An SD3.5 pipeline without text encoders, made on the device, in the precision that training keeps it in."""
-    device, dtype = f.device_and_dtype()
+def random_pipeline(transformer: dict, device: str, dtype: torch.dtype) -> StableDiffusion3Pipeline:
+    """An SD3.5 pipeline without text encoders, made on the device."""
     torch.manual_seed(0)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     with torch.device(device):
         default, _ = torch.get_default_dtype(), torch.set_default_dtype(dtype)
         try:
@@ -58,7 +66,7 @@ def random_pipeline(transformer: dict) -> StableDiffusion3Pipeline:
                     layers_per_block=2, latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609,
                     use_quant_conv=False, use_post_quant_conv=False,
                 ),
-                scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), text_encoder=None, tokenizer=None,
+                scheduler=scheduler, text_encoder=None, tokenizer=None,
                 text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
             )  # fmt: skip
         finally:
@@ -73,11 +81,8 @@ def random_reward(images, prompts, metadata):
 
 
 def random_run(transformer: dict, config: f.Config) -> f.Run:
-    pipe = random_pipeline(transformer)
-    sizes = pipe.transformer.config
-    tokens = 77 + config.max_sequence_length
-    text = f.Text(torch.randn(tokens, sizes.joint_attention_dim), torch.randn(sizes.pooled_projection_dim))
-    text = f.Text(*(e.to(pipe.transformer.dtype) for e in text))
+    pipe = random_pipeline(transformer, *f.device_and_dtype())
+    text = f.Text(*(e[0].cpu() for e in random_text(pipe.transformer, config, 1)))
     records = [{"prompt": "p"}]
     return f.assemble(config, pipe, [f.Part("random", 1.0, random_reward)], records, records, {"p": text, "": text})
 
@@ -100,20 +105,103 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def forward_flops(run: f.Run) -> int:
-    """FLOP of one forward pass of the network for one image."""
-    x, text = torch.randn(1, *run.latent_shape, device=run.pipe.device), run.null_text
-    with torch.no_grad(), f.reference(run.pipe.transformer), FlopCounterMode(display=False) as counter:
-        f.predict_velocity(run.pipe.transformer, x, 0.5, text, text, 1.0)
-    return counter.get_total_flops()
+def random_text(transformer, config: f.Config, batch_size: int) -> f.Text:
+    sizes, like = transformer.config, dict(device=transformer.device, dtype=transformer.dtype)
+    embeds = torch.randn(batch_size, 77 + config.max_sequence_length, sizes.joint_attention_dim, **like)
+    return f.Text(embeds, torch.randn(batch_size, sizes.pooled_projection_dim, **like))
 
 
 def needed_flops(run: f.Run) -> tuple[int, int]:
     """FLOP per image of the rollout and of the update. A backward pass takes a forward's at least: the weights need no
     gradient."""
-    one, guided = forward_flops(run), 2 if run.config.guidance_scale != 1 else 1
-    trained = run.config.trained_steps
-    return one * f.TRAIN_STEPS * guided, one * trained * (guided + 1 + (guided if run.config.beta > 0 else 0))
+    config, trained = run.config, run.config.trained_steps
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel.from_config(run.pipe.transformer.config)
+        x, text = torch.randn(1, *run.latent_shape), f.Text(*(torch.randn(e.shape) for e in run.null_text))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        f.predict_velocity(transformer, x, 0.5, text, text, 1.0)
+    one, guided = counter.get_total_flops(), 2 if config.guidance_scale != 1 else 1
+    return one * f.TRAIN_STEPS * guided, one * trained * (guided + 1 + (guided if config.beta > 0 else 0))
+
+
+class Allocations(TorchDispatchMode):
+    """The bytes of the storages that operations make, as long as they live; `peak` is the most at a time."""
+
+    def __init__(self, modules: Sequence[torch.nn.Module]):
+        super().__init__()
+        self.now = self.peak = 0
+        self.live = {t.untyped_storage()._cdata: 0 for m in modules for t in tensors_of(m)}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in (t for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.live:
+                self.live[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage._cdata)
+        return out
+
+    def free(self, key: int) -> None:
+        self.now -= self.live.pop(key)
+
+
+def tensors_of(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def flash_attention(q, k, v, *args, **kwargs):
+    """On meta tensors torch would take the formula that keeps a matrix of weights; on a GPU it takes this kind."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
+
+
+def count_memory(config: f.Config, batch_size: int, checkpointing: bool) -> tuple[float, float]:
+    """GB at the peak of a step's update, and at the peak of decoding, without compiled blocks: what is always there and what
+    the operations make, run on tensors without data."""
+    pipe = random_pipeline(SD35_TRANSFORMER, "meta", torch.float16)
+    with torch.device("meta"):
+        adapter = f.add_adapter(pipe.transformer, config)
+    if checkpointing:
+        f.save_memory(pipe)
+    run = SimpleNamespace(pipe=pipe, config=config)
+    x = torch.randn(batch_size, 16, config.height // 8, config.width // 8, device="meta")
+    text, null_text = (random_text(pipe.transformer, config, n) for n in (batch_size, 1))
+    # The weights, and beside each number of the adapter its average and two moments; its gradient is made on the way.
+    always = sum(t.nbytes for m in (pipe.transformer, pipe.vae) for t in tensors_of(m)) + 3 * sum(p.nbytes for p in adapter)
+    with mock.patch.object(F, "scaled_dot_product_attention", flash_attention):
+        with Allocations([pipe.transformer]) as update:
+            v_ref, *_ = f.reference_velocities(run, x[:, None], [0.5], text, null_text)
+            log_prob, kl = f.score_step(run, x, x, 0.5, 0.4, text, null_text, v_ref)
+            (log_prob + kl).sum().backward()
+        with Allocations([pipe.vae]) as decoding:
+            f.decode(pipe.vae, x)
+    return (always + update.peak) / 1e9, (always + decoding.peak) / 1e9
+
+
+def share_kept_when_compiled(config: f.Config) -> float:
+    """What autograd keeps of three of SD3.5's blocks for the backward pass if they are compiled, as a share of what it keeps
+    if they are not; run on the CPU, in its own 16-bit format."""
+    kept = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage()._cdata not in known:
+            known.add(tensor.untyped_storage()._cdata)
+            kept[-1] += tensor.untyped_storage().nbytes()
+        return tensor
+
+    pipe = random_pipeline(SD35_TRANSFORMER | dict(num_layers=3, dual_attention_layers=(0,)), "cpu", torch.bfloat16)
+    f.add_adapter(pipe.transformer, config)
+    x, text = torch.randn(1, 16, config.height // 8, config.width // 8), random_text(pipe.transformer, config, 1)
+    for compiled in (False, True):
+        if compiled:
+            for block in pipe.transformer.transformer_blocks:
+                block.compile(dynamic=False)
+        known = {t.untyped_storage()._cdata for t in tensors_of(pipe.transformer)}
+        kept.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            f.predict_velocity(pipe.transformer, x, 0.5, text, text, 1.0)
+    return kept[1] / kept[0]
 
 
 def reset_peak() -> None:
@@ -226,7 +314,7 @@ class PlainLoop:
 
 def our_epoch(run: f.Run, number: int) -> dict[str, float]:
     """An epoch of flow_grpo.py: the seconds of each part, and how far the first update's ratios are from 1."""
-    run.epoch, generator, start = number, torch.Generator().manual_seed(number), now()
+    run.epoch, generator, start = number, torch.Generator(run.pipe.device).manual_seed(number), now()
     samples, seconds = f.collect(run, generator)
     middle = now()
     stats = f.update(run, samples, generator)
@@ -236,13 +324,13 @@ def our_epoch(run: f.Run, number: int) -> dict[str, float]:
             "deviation": stats["ratio_deviation"]}  # fmt: skip
 
 
-def measure(loop: Callable[[int], dict], run: f.Run, repetitions: int, peak_rate: float) -> str:
+def measure(loop: Callable[[int], dict], run: f.Run, repetitions: int, needed: int, peak_rate: float) -> str:
     """The columns of the table: two micro-batches of rollout and update, after one repetition to warm up."""
     reset_peak()
     epochs = [loop(i) for i in range(repetitions + 1)][1:]
     images = run.config.group_size
     seconds = statistics.median(e["epoch"] for e in epochs)
-    rate = images * sum(needed_flops(run)) / seconds
+    rate = images * needed / seconds
     columns = [spread([images / e[part] for e in epochs]) for part in ("rollout", "update", "epoch")]
     deviation = max(e.get("deviation", math.nan) for e in epochs)
     return " | ".join(f"{c:21}" for c in columns) + (
@@ -251,25 +339,35 @@ def measure(loop: Callable[[int], dict], run: f.Run, repetitions: int, peak_rate
     )
 
 
-def table(make_run: Callable[[bool, int], f.Run], batch_sizes: list[int], repetitions: int, peak_rate: float) -> None:
+def table(make_run: Callable[..., f.Run], batch_sizes: list[int], repetitions: int, peak_rate: float) -> None:
     """A line for each loop and batch size."""
-    print(f"{'loop':20} | batch | rollout images/s      | update images/s       | both images/s         | peak GB | TFLOP/s | "
+    print(f"{'loop':26} | batch | rollout images/s      | update images/s       | both images/s         | peak GB | TFLOP/s | "
           "share | ratio - 1 | minutes for 48 x 24")  # fmt: skip
-    for name in ("plain", "flow_grpo", "flow_grpo, compiled"):
-        for batch_size in batch_sizes:
+    rows = {
+        "plain": {},
+        "flow_grpo": {},
+        "flow_grpo, compiled": {"compile": True},
+        "compiled, checkpointing": {"compile": True, "gradient_checkpointing": True},
+    }
+    needed = None
+    for batch_size in batch_sizes:
+        for name, switches in rows.items():
             try:
-                run = make_run(name.endswith("compiled"), batch_size)
+                run = make_run(batch_size, **switches)
+                needed = needed or needed_flops(run)
                 loop = PlainLoop(run, None).epoch if name == "plain" else functools.partial(our_epoch, run)
-                columns = measure(loop, run, repetitions, peak_rate)
+                columns = measure(loop, run, repetitions, sum(needed), peak_rate)
             except Exception as e:
                 if not f.out_of_memory(e):
                     raise
                 columns = "out of memory"
-            print(f"{name:20} | {batch_size:5} | {columns}", flush=True)
+            print(f"{name:26} | {batch_size:5} | {columns}", flush=True)
             run = loop = None
             torch.compiler.reset()
+            torch.compiler.set_stance("default")  # else one failure to compile would last
             gc.collect()  # a compiled block refers to itself
             torch.cuda.empty_cache()
+    print(f"needed per image: {' + '.join(f'{n / 1e12:.3g}' for n in needed)} TFLOP (rollout + update)")
 
 
 def compare_with_plain_loop(repetitions: int) -> None:
@@ -317,9 +415,19 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", help="default: 1 2 4 8; 48 96 192 for tiny-sd3")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="show where the time goes instead, by kernel")
+    parser.add_argument("--count", action="store_true", help="count SD3.5 Medium's memory instead, without a GPU")
     args = parser.parse_args()
+    diffusers_logging.set_verbosity_error()  # it warns at each change of precision
+    if args.count:
+        print("GB of memory for SD3.5 Medium, 512x512, without compiled blocks, counted on tensors without data:")
+        print("batch | update | decoding | with gradient checkpointing: update | decoding")
+        for n in args.batch_sizes or [1, 2, 4, 8, 16]:
+            plain, checkpointing = (count_memory(f.Config(), n, switch) for switch in (False, True))
+            print(f"{n:5} | {plain[0]:6.1f} | {plain[1]:8.1f} | {checkpointing[0]:35.1f} | {checkpointing[1]:8.1f}", flush=True)
+        print(f"Compiled blocks keep {share_kept_when_compiled(f.Config()):.0%} as much for the backward pass.")
+        return
     if args.model == "sd3.5-medium" and not torch.cuda.is_available():
-        sys.exit("error: no CUDA GPU was found, which SD3.5 Medium needs: use --model tiny-sd3 or --model small")
+        sys.exit("error: no CUDA GPU was found, which SD3.5 Medium needs: use --model tiny-sd3, --model small or --count")
     device, dtype = f.device_and_dtype()
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     peak_rate = matmul_rate(device)
@@ -331,21 +439,18 @@ def main() -> None:
         shape = SMALL_TRANSFORMER if small else SD35_TRANSFORMER
         config = dataclasses.replace(f.Config(), **(dict(height=64, width=64, max_sequence_length=8) if small else {}))
 
-    def make_run(compiled: bool, batch_size: int) -> f.Run:
+    def make_run(batch_size: int, **switches: bool) -> f.Run:
         ours = dataclasses.replace(
-            config, compile=compiled, batch_size=batch_size, prompts_per_epoch=1, group_size=2 * batch_size,
-            updates_per_epoch=1,
+            config, batch_size=batch_size, prompts_per_epoch=1, group_size=2 * batch_size, updates_per_epoch=1,
+            **{"compile": False} | switches,
         )  # fmt: skip
         run = f.prepare(ours) if shape is None else random_run(shape, ours)
         run.reward = [f.Part("random", 1.0, random_reward)]
         return run
 
     batch_sizes = args.batch_sizes or ([48, 96, 192] if args.model == "tiny-sd3" else [1, 2, 4, 8])
-    run = make_run(False, batch_sizes[0])
-    print(f"needed per image: {' + '.join(f'{n / 1e12:.3g}' for n in needed_flops(run))} TFLOP (rollout + update)\n")
-    del run
     if args.profile:
-        return profile(make_run(device == "cuda", batch_sizes[-1]))
+        return profile(make_run(batch_sizes[-1], compile=device == "cuda"))
     table(make_run, batch_sizes, args.repetitions, peak_rate)
     if args.model == "tiny-sd3":
         compare_with_plain_loop(args.repetitions)
