@@ -1433,8 +1433,9 @@ def main(argv: list[str] | None = None) -> int:
     except (RuntimeError, MemoryError) as e:
         if not out_of_memory(e):
             raise
-        remedy = f"lower --batch-size (now {config.batch_size}), or draw smaller images"
-        error, code = f"out of memory: {remedy if hint else 'this model needs more than there is; free some and try again'}", 2
+        now = f" (now {config.batch_size})" if config else ""
+        error, code = f"out of memory: give --gradient-checkpointing, lower --batch-size{now}, or draw smaller images", 2
+        hint = hint or "; if none of it helps, the model alone needs more than there is"
     print(f"error: {error}{hint}", file=sys.stderr)
     return code
 

@@ -841,7 +841,11 @@ def test_out_of_memory(model, work, capsys, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(flow_grpo, "collect", full)
-    fails(arguments(model), capsys, "out of memory", "--batch-size (now 3)", "--resume out")
+    fails(arguments(model), capsys, "out of memory", "--gradient-checkpointing", "--batch-size (now 3)", "--resume out")
+    monkeypatch.setattr(flow_grpo, "compile_blocks", full)  # its trial is the first to draw a whole batch
+    fails(arguments(model, out="new", compile=True), capsys, "--gradient-checkpointing", "--batch-size (now 3)", "alone")
+    monkeypatch.setattr(flow_grpo, "configure", full)
+    fails(arguments(model), capsys, "out of memory")
 
 
 def test_other_run_in_the_folder_and_nothing_lost(model, work, capsys):
