@@ -682,7 +682,7 @@ class Config:
     prompts_per_epoch: int = setting(48, "prompts in an epoch")
     group_size: int = setting(24, "images for each prompt, compared with each other")
     updates_per_epoch: int = setting(2, "optimiser steps an epoch; all but the first are off-policy")
-    batch_size: int = setting(4, "images in one forward pass: lower it to save memory")
+    batch_size: int = setting(4, "images in one forward pass: the fewer, the less memory")
     learning_rate: float = setting(3e-4, "of AdamW")
     decay_after: int = setting(0, "epochs at the full learning rate, which then falls as 1 / epoch; 0 if it never falls")
     max_grad_norm: float = setting(1.0, "a longer gradient is scaled down to this")
@@ -698,7 +698,7 @@ class Config:
     width: int = setting(512, "pixels")
     max_sequence_length: int = setting(128, "T5 tokens (without T5, zeros that stand for them)")
     eval_every: int = setting(20, "epochs between evaluations")
-    # On a CPU it gains a tenth, which short runs don't earn back.
+    # On a CPU it gains a tenth, which the laptop run hardly earns back.
     compile: bool = setting(torch.cuda.is_available(), "compile the network's blocks, once; by default with a GPU")
     gradient_checkpointing: bool = setting(False, "keep little for the backward pass and compute it again: less memory, slower")
     seed: int = setting(0, "of the adapter, the prompts' order and the noise")
@@ -917,10 +917,12 @@ def save_memory(pipe) -> None:
 def compile_blocks(run: Run) -> None:
     """Compile the transformer's blocks and try each form that a run needs; if that fails, say so and go on without."""
     config, transformer = run.config, run.pipe.transformer
-    print("Compiling the network's blocks, which takes a minute or more.", flush=True)
+    print("Compiling the network's blocks, which can take minutes.", flush=True)
     # A form of a block for each kind of block, with a graph and without, with the adapter and without: more than the 8
     # at which torch would silently give up.
     torch.compiler.config.recompile_limit = 256
+    # That holds for this thread. A backward pass runs in another, on a GPU, and with checkpointing it runs the blocks again.
+    torch.autograd.set_multithreading_enabled(False)
     for block in transformer.transformer_blocks:
         block.compile(dynamic=False)
     text = run.text([{"prompt": ""}] * config.batch_size)
@@ -1375,7 +1377,7 @@ def configure(argv: list[str] | None) -> tuple[Config, Path, bool]:
         try:
             stored = dict(json.loads((out / "config.json").read_text(encoding="utf-8")))
             for field in dataclasses.fields(Config):
-                value = stored[field.name]
+                value = stored.setdefault(field.name, field.default)  # the run may be older than a setting
                 fits = type(value) is kind(field) or (kind(field), type(value)) == (float, int)
                 if not fits and (field.name, value) != ("eval_prompt_file", None):
                     raise TypeError(f"{field.name} is {value!r}")
@@ -1411,7 +1413,7 @@ def configure(argv: list[str] | None) -> tuple[Config, Path, bool]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, hint = None, ""
+    config, hint = Config(), ""
     try:
         config, out, resume = configure(argv)
         run = prepare(config)
@@ -1419,7 +1421,7 @@ def main(argv: list[str] | None = None) -> int:
             restore(run, out / "checkpoint.safetensors")
             save(run, out)  # the weights may be an epoch behind the checkpoint
             print(f"{run.epoch} epochs are done, of {config.epochs}.", flush=True)
-        print("\n".join(f"  {name:20} {value}" for name, value in dataclasses.asdict(config).items()), flush=True)
+        print("\n".join(f"  {name:22} {value}" for name, value in dataclasses.asdict(config).items()), flush=True)
         hint = f" (to go on: python flow_grpo.py --resume {out})"
         train(run, out)
         return 0
@@ -1433,9 +1435,9 @@ def main(argv: list[str] | None = None) -> int:
     except (RuntimeError, MemoryError) as e:
         if not out_of_memory(e):
             raise
-        now = f" (now {config.batch_size})" if config else ""
-        error, code = f"out of memory: give --gradient-checkpointing, lower --batch-size{now}, or draw smaller images", 2
-        hint = hint or "; if none of it helps, the model alone needs more than there is"
+        switch = "" if config.gradient_checkpointing else "--gradient-checkpointing or "
+        error, code = f"out of memory: give {switch}a lower --batch-size (now {config.batch_size})", 2
+        hint = hint or "; smaller images take less, too. If none of it helps, the model alone needs more than there is"
     print(f"error: {error}{hint}", file=sys.stderr)
     return code
 

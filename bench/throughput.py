@@ -125,12 +125,13 @@ def needed_flops(run: f.Run) -> tuple[int, int]:
 
 
 class Allocations(TorchDispatchMode):
-    """The bytes of the storages that operations make, as long as they live; `peak` is the most at a time."""
+    """The bytes of the storages that operations make, as long as they live; `peak` is the most at a time. The tensors that
+    were there before don't count."""
 
-    def __init__(self, modules: Sequence[torch.nn.Module]):
+    def __init__(self, before: Sequence[torch.Tensor]):
         super().__init__()
         self.now = self.peak = 0
-        self.live = {t.untyped_storage()._cdata: 0 for m in modules for t in tensors_of(m)}
+        self.live = {t.untyped_storage()._cdata: 0 for t in before}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -156,9 +157,9 @@ def flash_attention(q, k, v, *args, **kwargs):
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
 
 
-def count_memory(config: f.Config, batch_size: int, checkpointing: bool) -> tuple[float, float]:
-    """GB at the peak of a step's update, and at the peak of decoding, without compiled blocks: what is always there and what
-    the operations make, run on tensors without data."""
+def count_memory(config: f.Config, batch_size: int, checkpointing: bool) -> tuple[float, float, float]:
+    """GB that are always there, and GB more at the peak of a step's update and at that of decoding, without compiled blocks:
+    what the operations make, run on tensors without data."""
     pipe = random_pipeline(SD35_TRANSFORMER, "meta", torch.float16)
     with torch.device("meta"):
         adapter = f.add_adapter(pipe.transformer, config)
@@ -167,16 +168,19 @@ def count_memory(config: f.Config, batch_size: int, checkpointing: bool) -> tupl
     run = SimpleNamespace(pipe=pipe, config=config)
     x = torch.randn(batch_size, 16, config.height // 8, config.width // 8, device="meta")
     text, null_text = (random_text(pipe.transformer, config, n) for n in (batch_size, 1))
-    # The weights, and beside each number of the adapter its average and two moments; its gradient is made on the way.
-    always = sum(t.nbytes for m in (pipe.transformer, pipe.vae) for t in tensors_of(m)) + 3 * sum(p.nbytes for p in adapter)
+    for p in adapter:
+        p.grad = torch.zeros_like(p)  # it stays from one step to the next
+    weights = tensors_of(pipe.transformer) + tensors_of(pipe.vae)
+    # Beside each number of the adapter there are its gradient, its average and two moments.
+    always = sum(t.nbytes for t in weights) + 4 * sum(p.nbytes for p in adapter)
     with mock.patch.object(F, "scaled_dot_product_attention", flash_attention):
-        with Allocations([pipe.transformer]) as update:
+        with Allocations(weights + [p.grad for p in adapter]) as update:
             v_ref, *_ = f.reference_velocities(run, x[:, None], [0.5], text, null_text)
             log_prob, kl = f.score_step(run, x, x, 0.5, 0.4, text, null_text, v_ref)
             (log_prob + kl).sum().backward()
-        with Allocations([pipe.vae]) as decoding:
+        with Allocations(weights) as decoding:
             f.decode(pipe.vae, x)
-    return (always + update.peak) / 1e9, (always + decoding.peak) / 1e9
+    return always / 1e9, update.peak / 1e9, decoding.peak / 1e9
 
 
 def share_kept_when_compiled(config: f.Config) -> float:
@@ -202,6 +206,22 @@ def share_kept_when_compiled(config: f.Config) -> float:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             f.predict_velocity(pipe.transformer, x, 0.5, text, text, 1.0)
     return kept[1] / kept[0]
+
+
+def print_count(batch_sizes: list[int]) -> None:
+    config = f.Config()
+    with torch.device("meta"):
+        text = f.Text(torch.randn(1, 77 + config.max_sequence_length, 4096), torch.randn(1, 2048))
+        pipe = SimpleNamespace(transformer=SD3Transformer2DModel(**SD35_TRANSFORMER))
+    flops = needed_flops(SimpleNamespace(config=config, pipe=pipe, latent_shape=(16, 64, 64), null_text=text))
+    share = share_kept_when_compiled(config)
+    print(f"SD3.5 Medium, 512x512. Needed per image: {flops[0] / 1e12:.3g} + {flops[1] / 1e12:.3g} TFLOP (rollout + update)")
+    print(f"GB at the peak, counted on tensors without data. Compiled blocks keep {share:.0%} as much for the backward pass.")
+    print("batch | as it is | compiled | with gradient checkpointing, not compiled")
+    for n in batch_sizes:
+        (always, update, decoding), (_, low_update, low_decoding) = (count_memory(config, n, low) for low in (False, True))
+        peaks = max(update, decoding), max(share * update, decoding), max(low_update, low_decoding)
+        print(f"{n:5} | " + " | ".join(f"{always + peak:8.1f}" for peak in peaks), flush=True)
 
 
 def reset_peak() -> None:
@@ -367,7 +387,8 @@ def table(make_run: Callable[..., f.Run], batch_sizes: list[int], repetitions: i
             torch.compiler.set_stance("default")  # else one failure to compile would last
             gc.collect()  # a compiled block refers to itself
             torch.cuda.empty_cache()
-    print(f"needed per image: {' + '.join(f'{n / 1e12:.3g}' for n in needed)} TFLOP (rollout + update)")
+    if needed:
+        print(f"needed per image: {' + '.join(f'{n / 1e12:.3g}' for n in needed)} TFLOP (rollout + update)")
 
 
 def compare_with_plain_loop(repetitions: int) -> None:
@@ -419,13 +440,7 @@ def main() -> None:
     args = parser.parse_args()
     diffusers_logging.set_verbosity_error()  # it warns at each change of precision
     if args.count:
-        print("GB of memory for SD3.5 Medium, 512x512, without compiled blocks, counted on tensors without data:")
-        print("batch | update | decoding | with gradient checkpointing: update | decoding")
-        for n in args.batch_sizes or [1, 2, 4, 8, 16]:
-            plain, checkpointing = (count_memory(f.Config(), n, switch) for switch in (False, True))
-            print(f"{n:5} | {plain[0]:6.1f} | {plain[1]:8.1f} | {checkpointing[0]:35.1f} | {checkpointing[1]:8.1f}", flush=True)
-        print(f"Compiled blocks keep {share_kept_when_compiled(f.Config()):.0%} as much for the backward pass.")
-        return
+        return print_count(args.batch_sizes or [1, 2, 4, 8, 16])
     if args.model == "sd3.5-medium" and not torch.cuda.is_available():
         sys.exit("error: no CUDA GPU was found, which SD3.5 Medium needs: use --model tiny-sd3, --model small or --count")
     device, dtype = f.device_and_dtype()
