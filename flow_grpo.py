@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Callable, Iterable, NamedTuple, Sequence
 
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusion3Pipeline
@@ -812,7 +813,8 @@ def load_pipeline(config: Config, dtype: torch.dtype) -> StableDiffusion3Pipelin
 
 @torch.no_grad()
 def encode_prompts(pipe, prompts: list[str], config: Config, device: str) -> dict[str, Text]:
-    """Encode each prompt once, the empty one too, then free the text encoders. The result is kept on the CPU."""
+    """Encode each prompt once, the empty one too, then free the text encoders. The result is kept on the CPU. Raises
+    UserError if it won't fit there."""
     encoders = [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3]
     for encoder in encoders:
         if encoder is not None:
@@ -826,6 +828,13 @@ def encode_prompts(pipe, prompts: list[str], config: Config, device: str) -> dic
         )  # fmt: skip
         embeds, pooled = (e.to("cpu", pipe.transformer.dtype) for e in (embeds, pooled))
         texts.update((prompt, Text(*pair)) for prompt, *pair in zip(batch, embeds, pooled))
+        needed = (len(unique) - len(texts)) * (embeds[0].nbytes + pooled[0].nbytes)
+        available = psutil.virtual_memory().available
+        if needed > available:  # before the system ends the run without a word
+            raise UserError(
+                f"the {len(unique)} prompts to encode need {needed / 1e9:.1f} GB more of main memory, and {available / 1e9:.1f} "
+                "are free: lower --epochs or --prompts-per-epoch"
+            )
     pipe.text_encoder = pipe.text_encoder_2 = pipe.text_encoder_3 = None
     return texts
 

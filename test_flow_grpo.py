@@ -868,6 +868,19 @@ def test_out_of_memory(model, work, capsys, monkeypatch):
     fails(arguments(model), capsys, "out of memory")
 
 
+def test_too_little_main_memory_for_the_prompts(model, work, capsys, monkeypatch):
+    prompts = [f'a sign that says "{i}"' for i in range(40)]
+    Path("prompts.txt").write_text("\n".join(prompts))
+    texts = prepare(arguments(model, epochs=10)).texts
+    assert len(texts) == 41
+    free = 25 * sum(e.nbytes for e in texts[""])  # for all but the first batch of 16
+    monkeypatch.setattr(flow_grpo.psutil, "virtual_memory", lambda: Mock(available=free))
+    prepare(arguments(model, epochs=10))
+    free -= 1
+    fails(arguments(model, epochs=10), capsys, "41 prompts", "main memory", "--prompts-per-epoch")
+    assert not Path("out").exists()
+
+
 def test_other_run_in_the_folder_and_nothing_lost(model, work, capsys):
     assert flow_grpo.main(arguments(model, epochs=1)) == 0
     before = {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}

@@ -432,7 +432,7 @@ def embedded_config() -> f.Config:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["sd3.5-medium", "small", "tiny-sd3"], default="sd3.5-medium",
-                        help="`small` has the same parts at a size that a CPU can run: a check of the bench itself")  # fmt: skip
+                        help="`small` takes a GPU's path, in half precision, at a size that a CPU can run: a check of it")  # fmt: skip
     parser.add_argument("--batch-sizes", type=int, nargs="+", help="default: 1 2 4 8; 48 96 192 for tiny-sd3")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="show where the time goes instead, by kernel")
@@ -444,6 +444,9 @@ def main() -> None:
     if args.model == "sd3.5-medium" and not torch.cuda.is_available():
         sys.exit("error: no CUDA GPU was found, which SD3.5 Medium needs: use --model tiny-sd3, --model small or --count")
     device, dtype = f.device_and_dtype()
+    if args.model == "small":
+        dtype = torch.float16
+        f.device_and_dtype = lambda: (device, dtype)
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     peak_rate = matmul_rate(device)
     print(f"{args.model} in {dtype} on {name}, torch {torch.__version__}; matrix product: {peak_rate / 1e12:.3g} TFLOP/s")
@@ -463,9 +466,9 @@ def main() -> None:
         run.reward = [f.Part("random", 1.0, random_reward)]
         return run
 
-    batch_sizes = args.batch_sizes or ([48, 96, 192] if args.model == "tiny-sd3" else [1, 2, 4, 8])
     if args.profile:
-        return profile(make_run(batch_sizes[-1], compile=device == "cuda"))
+        return profile(make_run((args.batch_sizes or [config.batch_size])[0], compile=device == "cuda"))
+    batch_sizes = args.batch_sizes or ([48, 96, 192] if args.model == "tiny-sd3" else [1, 2, 4, 8])
     table(make_run, batch_sizes, args.repetitions, peak_rate)
     if args.model == "tiny-sd3":
         compare_with_plain_loop(args.repetitions)
