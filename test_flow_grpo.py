@@ -331,6 +331,14 @@ def prepare(args):
     return flow_grpo.prepare(flow_grpo.configure(args)[0])
 
 
+def active_run(model, **settings):
+    """A run whose adapter does something: at first it is zero."""
+    run = prepare(arguments(model, **settings))
+    for p in run.parameters:
+        p.data.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    return run
+
+
 def metrics(out="out"):
     return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
 
@@ -544,14 +552,6 @@ def epoch(run):
     loss, _ = grpo_loss(log_prob, samples.log_probs[: len(x), 3], advantages, kl, 0.1, 0.04)
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, run.parameters)])
     return samples, loss.detach(), gradient, flow_grpo.update(run, samples, generator)
-
-
-def active_run(model, **settings):
-    """A run whose adapter does something: at first it is zero."""
-    run = prepare(arguments(model, **settings))
-    for p in run.parameters:
-        p.data.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
-    return run
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -1464,8 +1464,8 @@ def test_bench_counts_memory(bench):
         del view
         kept = kept + 1
     assert counted.now == 4000 and counted.peak == 8000
-    always, update, decoding = bench.count_memory(flow_grpo.Config(), 2, False)
-    _, small_update, small_decoding = bench.count_memory(flow_grpo.Config(), 2, True)
+    always, update, decoding = bench.count_memory(bench.weightless_run(checkpointing=False), 2)
+    _, small_update, small_decoding = bench.count_memory(bench.weightless_run(checkpointing=True), 2)
     table = 384**2 * 1536  # of positions, beside the parameters
     assert always == pytest.approx(2 * (2.243 + table / 1e9 + 0.084) + 4 * 4 * 0.030, rel=0.002)  # GB; weights, adapter
     assert 0 < small_update < decoding < update and small_decoding == pytest.approx(decoding / 2, rel=0.1)

@@ -20,7 +20,6 @@ import sys
 import time
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Callable, Sequence
 from unittest import mock
 
@@ -80,10 +79,16 @@ def random_reward(images, prompts, metadata):
     return torch.rand(len(images))
 
 
+def random_text(transformer, config: f.Config) -> f.Text:
+    """The encoding of a prompt: embeds [77 + L, D], pooled [D']."""
+    sizes = transformer.config
+    shapes = (77 + config.max_sequence_length, sizes.joint_attention_dim), (sizes.pooled_projection_dim,)
+    return f.Text(*(torch.randn(shape, dtype=transformer.dtype) for shape in shapes))
+
+
 def random_run(transformer: dict, config: f.Config) -> f.Run:
     pipe = random_pipeline(transformer, *f.device_and_dtype())
-    text = f.Text(*(e[0].cpu() for e in random_text(pipe.transformer, config, 1)))
-    records = [{"prompt": "p"}]
+    text, records = random_text(pipe.transformer, config), [{"prompt": "p"}]
     return f.assemble(config, pipe, [f.Part("random", 1.0, random_reward)], records, records, {"p": text, "": text})
 
 
@@ -103,12 +108,6 @@ def matmul_rate(device: str) -> float:
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def random_text(transformer, config: f.Config, batch_size: int) -> f.Text:
-    sizes, like = transformer.config, dict(device=transformer.device, dtype=transformer.dtype)
-    embeds = torch.randn(batch_size, 77 + config.max_sequence_length, sizes.joint_attention_dim, **like)
-    return f.Text(embeds, torch.randn(batch_size, sizes.pooled_projection_dim, **like))
 
 
 def needed_flops(run: f.Run) -> tuple[int, int]:
@@ -157,24 +156,34 @@ def flash_attention(q, k, v, *args, **kwargs):
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
 
 
-def count_memory(config: f.Config, batch_size: int, checkpointing: bool) -> tuple[float, float, float]:
-    """GB that are always there, and GB more at the peak of a step's update and at that of decoding, without compiled blocks:
-    what the operations make, run on tensors without data."""
-    pipe = random_pipeline(SD35_TRANSFORMER, "meta", torch.float16)
-    with torch.device("meta"):
-        adapter = f.add_adapter(pipe.transformer, config)
+def bare_run(pipe: StableDiffusion3Pipeline, config: f.Config) -> f.Run:
+    """What the steps of an update need, and no more."""
+    with torch.device(pipe.device):
+        parameters = f.add_adapter(pipe.transformer, config)
+    texts = {"": random_text(pipe.transformer, config)}
+    return f.Run(config, pipe, [], [], [], texts, parameters, ema=[], optimizer=None, scaler=None)
+
+
+def weightless_run(checkpointing: bool) -> f.Run:
+    """SD3.5 Medium on tensors without data."""
+    run = bare_run(random_pipeline(SD35_TRANSFORMER, "meta", torch.float16), f.Config())
     if checkpointing:
-        f.save_memory(pipe)
-    run = SimpleNamespace(pipe=pipe, config=config)
-    x = torch.randn(batch_size, 16, config.height // 8, config.width // 8, device="meta")
-    text, null_text = (random_text(pipe.transformer, config, n) for n in (batch_size, 1))
-    for p in adapter:
+        f.save_memory(run.pipe)
+    for p in run.parameters:
         p.grad = torch.zeros_like(p)  # it stays from one step to the next
+    return run
+
+
+def count_memory(run: f.Run, batch_size: int) -> tuple[float, float, float]:
+    """GB that are always there, and GB more at the peak of a step's update and at that of decoding, without compiled blocks:
+    what the operations of a `weightless_run` make."""
+    pipe, x = run.pipe, torch.randn(batch_size, *run.latent_shape, device="meta")
+    text, null_text = run.text([{"prompt": ""}] * batch_size), run.null_text
     weights = tensors_of(pipe.transformer) + tensors_of(pipe.vae)
     # Beside each number of the adapter there are its gradient, its average and two moments.
-    always = sum(t.nbytes for t in weights) + 4 * sum(p.nbytes for p in adapter)
+    always = sum(t.nbytes for t in weights) + 4 * sum(p.nbytes for p in run.parameters)
     with mock.patch.object(F, "scaled_dot_product_attention", flash_attention):
-        with Allocations(weights + [p.grad for p in adapter]) as update:
+        with Allocations(weights + [p.grad for p in run.parameters]) as update:
             v_ref, *_ = f.reference_velocities(run, x[:, None], [0.5], text, null_text)
             log_prob, kl = f.score_step(run, x, x, 0.5, 0.4, text, null_text, v_ref)
             (log_prob + kl).sum().backward()
@@ -183,7 +192,7 @@ def count_memory(config: f.Config, batch_size: int, checkpointing: bool) -> tupl
     return always / 1e9, update.peak / 1e9, decoding.peak / 1e9
 
 
-def share_kept_when_compiled(config: f.Config) -> float:
+def share_kept_when_compiled() -> float:
     """What autograd keeps of three of SD3.5's blocks for the backward pass if they are compiled, as a share of what it keeps
     if they are not; run on the CPU, in its own 16-bit format."""
     kept = []
@@ -195,8 +204,8 @@ def share_kept_when_compiled(config: f.Config) -> float:
         return tensor
 
     pipe = random_pipeline(SD35_TRANSFORMER | dict(num_layers=3, dual_attention_layers=(0,)), "cpu", torch.bfloat16)
-    f.add_adapter(pipe.transformer, config)
-    x, text = torch.randn(1, 16, config.height // 8, config.width // 8), random_text(pipe.transformer, config, 1)
+    run = bare_run(pipe, f.Config())
+    x, text = torch.randn(1, *run.latent_shape), run.null_text
     for compiled in (False, True):
         if compiled:
             for block in pipe.transformer.transformer_blocks:
@@ -209,17 +218,13 @@ def share_kept_when_compiled(config: f.Config) -> float:
 
 
 def print_count(batch_sizes: list[int]) -> None:
-    config = f.Config()
-    with torch.device("meta"):
-        text = f.Text(torch.randn(1, 77 + config.max_sequence_length, 4096), torch.randn(1, 2048))
-        pipe = SimpleNamespace(transformer=SD3Transformer2DModel(**SD35_TRANSFORMER))
-    flops = needed_flops(SimpleNamespace(config=config, pipe=pipe, latent_shape=(16, 64, 64), null_text=text))
-    share = share_kept_when_compiled(config)
+    runs = [weightless_run(checkpointing) for checkpointing in (False, True)]
+    flops, share = needed_flops(runs[0]), share_kept_when_compiled()
     print(f"SD3.5 Medium, 512x512. Needed per image: {flops[0] / 1e12:.3g} + {flops[1] / 1e12:.3g} TFLOP (rollout + update)")
     print(f"GB at the peak, counted on tensors without data. Compiled blocks keep {share:.0%} as much for the backward pass.")
     print("batch | as it is | compiled | with gradient checkpointing, not compiled")
     for n in batch_sizes:
-        (always, update, decoding), (_, low_update, low_decoding) = (count_memory(config, n, low) for low in (False, True))
+        (always, update, decoding), (_, low_update, low_decoding) = (count_memory(run, n) for run in runs)
         peaks = max(update, decoding), max(share * update, decoding), max(low_update, low_decoding)
         print(f"{n:5} | " + " | ".join(f"{always + peak:8.1f}" for peak in peaks), flush=True)
 
