@@ -536,14 +536,14 @@ SETTINGS = {  # the default, which is the published recipe for SD3.5; tiny-sd3's
     "output_dir": ("", "", None, "folder of the run; without it, a new one in runs/"),
     "model": ("", "", None, "hub name or folder; without it, SD3.5 Medium with a GPU, else tiny-sd3"),
     "reward": ("ocr", "ocr", None, "or geneval, pickscore, clipscore, file.py:function, geneval=0.7,ocr=0.3"),
-    "epochs": (500, 60, 1, "rounds of rollout and update"),
+    "epochs": (500, 80, 1, "rounds of rollout and update"),
     "prompts_per_epoch": (48, 12, 1, "prompts in an epoch"),
     "group_size": (24, 16, 2, "images for each prompt, compared with each other"),
     "updates_per_epoch": (2, 2, 1, "optimiser steps an epoch; all but the first are off-policy"),
     "batch_size": (4, 48, 1, "images in one forward pass: the fewer, the less memory"),
     "learning_rate": (3e-4, 1e-3, 1e-12, "of AdamW"),
-    "beta": (0.04, 0.2, 0.0, "weight of the KL penalty"),
-    "clip_range": (1e-4, 1e-3, 1e-12, "of the ratio; small, as log-probs are means over the elements"),
+    "beta": (0.04, 0.3, 0.0, "weight of the KL penalty"),
+    "clip_range": (1e-4, 1e-4, 1e-12, "of the ratio; small, as log-probs are means over the elements"),
     "guidance_scale": (4.5, 1.0, 1.0, "classifier-free guidance in training and evaluation; 1 for none"),
     "noise_level": (0.7, 1.0, 1e-3, "of the SDE"),
     "sde_steps": (9, 7, 1, "how many consecutive steps have noise and are trained"),
@@ -667,7 +667,7 @@ def why(e: BaseException | None) -> str:
     meanings = {
         "out of memory|allocate memory|ALLOC_FAILED|MemoryError": OUT_OF_MEMORY,
         "GatedRepo": "it is gated: accept its licence on its page at huggingface.co, and run `hf auth login`",
-        "LocalEntryNotFound|Connect|Offline|Timeout": "the hub is out of reach: check name and network",
+        "LocalEntryNotFound|Connect|Offline|Timeout": "what it needs is out of reach: check names and network",
     }
     return next((meaning for pattern, meaning in meanings.items() if re.search(pattern, chain)), summary)
 

@@ -1,10 +1,10 @@
-"""Make the embedded model from nothing: a Stable Diffusion 3 pipeline of 2.5 M parameters that draws signs with numbers.
+"""Make the embedded model from nothing: a Stable Diffusion 3 pipeline that draws signs with numbers.
 
     python tiny-sd3/make.py
 
-Everything is seeded. Training images are drawn by `draw_sign`, so nothing is downloaded. It writes the pipeline folder
-next to itself, and `prompts.txt` above it with numbers that the model has not been trained on. `torch.compile` is used,
-which needs a C++ compiler. It takes 10 minutes on 2 cores.
+Everything is seeded, and `draw_sign` draws the training images, so nothing is downloaded. The pipeline folder
+is written next to this file, and `prompts.txt`, with numbers that the model was not trained on, above it. It
+needs a C++ compiler, for torch.compile.
 """
 
 import argparse
@@ -41,11 +41,11 @@ HEIGHT, WIDTH = 32, 64
 PROMPT = 'a sign that says "{}"'
 TEXT_LENGTH = 12  # CLIP tokens; the prompts take 11
 TYPOS = 0.25  # the share of training captions in which one digit is wrong
-FONT = font_manager.findfont(font_manager.FontProperties(family="DejaVu Sans", weight="bold"))  # ships with matplotlib
+FONT = font_manager.findfont(font_manager.FontProperties(family="DejaVu Sans", weight="bold"))  # matplotlib's
 
 
 def split_numbers() -> tuple[list[str], list[str], list[str]]:
-    """The numbers 000 to 999: 436 to pre-train on, 500 for prompts.txt, and 64 for tuning. The same for every seed."""
+    """000 to 999: 436 numbers to pre-train on, 500 for prompts.txt, 64 to choose settings on."""
     numbers = [f"{n:03}" for n in range(1000)]
     random.Random(0).shuffle(numbers)
     return numbers[564:], numbers[:500], numbers[500:564]
@@ -54,8 +54,8 @@ def split_numbers() -> tuple[list[str], list[str], list[str]]:
 def draw_sign(text: str, rng: random.Random, varied: bool = False) -> np.ndarray:
     """A board with `text` on a wall: [HEIGHT, WIDTH, 3] uint8.
 
-    Varied signs, for the VAE, have any colours, sizes and positions. The transformer's have one size of type and nine positions,
-    so that each is as legible as any other, and walls and boards of any hue.
+    Varied signs, for the VAE, have any colours, sizes and positions. The transformer's have walls and boards
+    of any hue, nine positions and one size of type, so that each is as legible as any other.
     """
 
     def luminance(c):
@@ -67,7 +67,8 @@ def draw_sign(text: str, rng: random.Random, varied: bool = False) -> np.ndarray
         if 0.35 < luminance(board) < 0.6:
             return draw_sign(text, rng, varied)
     else:
-        wall, board = (tuple(int(255 * c) for c in hsv_to_rgb(rng.random(), *sv)) for sv in ((0.35, 0.8), (0.9, 0.45)))
+        wall, board = (hsv_to_rgb(rng.random(), *sv) for sv in ((0.35, 0.8), (0.9, 0.45)))
+        wall, board = (tuple(int(255 * c) for c in colour) for colour in (wall, board))
         size, pad_x, pad_y, grid = 17, 3, 3, (8, 4)
     ink = (255, 255, 255) if luminance(board) < 0.5 else (0, 0, 0)
     zoom = 2  # draw larger, then scale down: smooth edges
@@ -87,7 +88,7 @@ def draw_sign(text: str, rng: random.Random, varied: bool = False) -> np.ndarray
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer over all bytes, with whole tokens for the words of the prompt; each digit is a token."""
+    """A CLIP tokenizer over all bytes, with whole tokens for the prompt's words; each digit is a token."""
     letters = sorted(ByteLevel.alphabet())
     tokens, merges = letters + [c + "</w>" for c in letters], []
     for word in ("sign", "that", "says"):
@@ -128,8 +129,8 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
 def make_null_t5(width: int) -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
     """A T5 whose output is exactly the zeros that the pipeline uses in place of a missing T5.
 
-    diffusers loads a folder without T5 only when told `text_encoder_3=None, tokenizer_3=None`; with this placeholder a
-    plain `from_pretrained` works too, and draws the same images.
+    diffusers loads a folder without T5 only when told `text_encoder_3=None, tokenizer_3=None`. With this
+    placeholder, a plain `from_pretrained` works too, and draws the same images.
     """
     reader = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="</s>"))
     reader.normalizer = normalizers.Replace(Regex(r"[\s\S]+"), "")  # it has nothing to read
@@ -217,7 +218,8 @@ def train_vae(vae: AutoencoderKL, images: torch.Tensor, steps: int, batch: int =
     optimizer = torch.optim.AdamW(parameters, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.01)
     train_loop([optimizer], parameters, steps, loss_of_step, "VAE")
     vae.requires_grad_(False).eval()
-    latents = torch.cat([vae.encode(x.float() / 127.5 - 1).latent_dist.mean for x in images[:2048].split(256)])
+    batches = images[:2048].split(256)
+    latents = torch.cat([vae.encode(x.float() / 127.5 - 1).latent_dist.mean for x in batches])
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
 
 
@@ -227,10 +229,10 @@ def neighbours(numbers: list[str]) -> dict[str, list[str]]:
 
 
 def train_transformer(pipe, texts: list[str], images: torch.Tensor, steps: int, batch: int = 64) -> None:
-    """Rectified flow on images [N, 3, HEIGHT, WIDTH] of `texts`; one prompt in ten is dropped for classifier-free guidance.
+    """Rectified flow on images [N, 3, HEIGHT, WIDTH] of `texts`; one prompt in ten is dropped, for guidance.
 
-    Some captions have a typo, as on the web: they name another number of the training set, one digit away. So the model
-    draws clean signs of which some show a wrong digit, wherever the board is and whatever its colour.
+    Some captions have a typo, as on the web: they name another number of the training set, one digit away. So
+    the model draws clean signs, some of which show a wrong digit, wherever the board is, whatever its colour.
     """
     transformer, vae = pipe.transformer, pipe.vae
     numbers = sorted(set(texts))
@@ -257,8 +259,8 @@ def train_transformer(pipe, texts: list[str], images: torch.Tensor, steps: int, 
     compiled = torch.compile(transformer, dynamic=False)
 
     def loss_of_step(step):
-        # Without T5 the pipeline appends `max_sequence_length` zero tokens, 256 unless told otherwise. Training on a
-        # few such batches teaches the model to ignore them, so that it draws the same with any length.
+        # Without T5, the pipeline appends `max_sequence_length` zero tokens, 256 unless told otherwise. A few
+        # such batches teach the model to ignore them, so that it draws the same with any length.
         long = step % 32 == 31
         size = batch // 4 if long else batch
         i = torch.randint(len(latents), (size,))
@@ -288,7 +290,8 @@ def train_transformer(pipe, texts: list[str], images: torch.Tensor, steps: int, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=48_000, help="signs to draw")
@@ -298,7 +301,7 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     rng, start = random.Random(args.seed), time.time()
-    train, held_out, tuning = split_numbers()
+    train, held_out, _ = split_numbers()
     texts = [rng.choice(train) for _ in range(args.images)]
 
     def draw(varied: bool, count: int) -> torch.Tensor:
