@@ -667,7 +667,7 @@ def why(e: BaseException | None) -> str:
     meanings = {
         "out of memory|allocate memory|ALLOC_FAILED|MemoryError": OUT_OF_MEMORY,
         "GatedRepo": "it is gated: accept its licence on its page at huggingface.co, and run `hf auth login`",
-        "LocalEntryNotFound|Connect|Offline|Timeout": "what it needs is out of reach: check names and network",
+        "LocalEntryNotFound|Connect|Offline|Timeout": "what it needs is out of reach: check name and network",
     }
     return next((meaning for pattern, meaning in meanings.items() if re.search(pattern, chain)), summary)
 
