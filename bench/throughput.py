@@ -16,6 +16,7 @@ import gc
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -117,8 +118,8 @@ def matmul_rate() -> float:
 
 
 def needed_flops(run, config) -> tuple[int, int]:
-    """FLOP an image of the rollout and of the update: matrix products and attention. A backward pass counts as
-    a forward one, which is the least, as frozen weights need no gradient."""
+    """FLOP an image of the rollout and of the update: matrix products and attention. A backward pass counts
+    as a forward one, which is the least, as frozen weights need no gradient."""
     with torch.device("meta"):
         transformer = SD3Transformer2DModel.from_config(run.pipe.transformer.config)
         x, text = torch.randn(1, *run.latent_shape), [torch.randn(e.shape) for e in run.null_text]
@@ -157,10 +158,10 @@ def measure(name: str, make: Callable, repetitions: int, matmul: float) -> None:
         columns += [f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if CUDA else "-", f"{flops / 1e12:.3g}"]
         columns += [f"{flops / matmul:.0%}", f"{max(s['ratio_deviation'] for s in stats):.1e}"]
         columns += [f"{epoch.prompts_per_epoch * epoch.group_size / rate:.3g}"]
-    except RuntimeError as e:
+    except Exception as e:  # The other rows are still worth having.
         if f.why(e) != f.OUT_OF_MEMORY:
-            raise
-        columns = ["out of memory"]
+            traceback.print_exc()
+        columns = [f.why(e)]
     print(f"| {name} | " + " | ".join(columns) + " |", flush=True)
     run = None
     torch.compiler.reset()

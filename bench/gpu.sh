@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Runs what is worth running on a machine with a GPU in 30 minutes, in order of value.
+#
+#     bench/gpu.sh [FOLDER [PART...]]      parts: tests speed run large epoch; by default all
+#
+# Each part has a time limit of its own and writes its output to FOLDER/PART.txt as it goes. A part that fails
+# stops no other. Without a GPU, or with SMALL=1, the same parts run from end to end at a size for a CPU.
+# FOLDER is bench/results/DEVICE-DATE by default, and PYTHON names the interpreter.
+set -uo pipefail
+mkdir -p "${1:-bench}" && folder=$(cd "${1:-bench}" && pwd)
+given=$#
+cd "$(dirname "$0")/.." || exit 1
+python=${PYTHON:-python}
+device=$("$python" -c 'import torch as t; print(t.cuda.get_device_name() if t.cuda.is_available() else "CPU")')
+[ -n "$device" ] || { echo "error: $python can't import torch: name another by PYTHON=" >&2; exit 2; }
+[ "$device" = CPU ] && SMALL=1
+small=${SMALL:-}
+[ "$given" -gt 0 ] && shift || folder=$PWD/bench/results/${device// /-}${small:+-small}-$(date +%Y%m%d-%H%M%S)
+mkdir -p "$folder"
+parts=("${@:-all}")
+
+{
+    echo "device: $device${small:+, small sizes}"
+    echo "commit: $(git describe --always --dirty 2>/dev/null)"
+    command -v nvidia-smi >/dev/null &&
+        nvidia-smi --query-gpu=name,driver_version,memory.total,power.limit --format=csv
+    "$python" - <<'PYTHON'
+import os, platform
+from importlib.metadata import version
+import torch
+print("cores:", os.cpu_count(), " python", platform.python_version(), " CUDA", torch.version.cuda)
+for name in "torch diffusers transformers peft accelerate rapidocr onnxruntime".split():
+    print(name, version(name))
+PYTHON
+} 2>&1 | tee "$folder/machine.txt"
+
+part() {  # NAME SECONDS COMMAND...
+    local name=$1 limit=$2 start=$SECONDS code
+    shift 2
+    [[ " ${parts[*]} " = *" $name "* || ${parts[0]} = all ]] || return 0
+    echo "== $name, at most $limit s: ${*/#$python/python}" | tee "$folder/$name.txt"
+    timeout -k 10 "$limit" "$@" 2>&1 | tee -a "$folder/$name.txt"
+    code=${PIPESTATUS[0]}
+    echo "$name: exit status $code after $((SECONDS - start)) s" | tee -a "$folder/summary.txt"
+}
+
+speed=("$python" bench/throughput.py)
+run=("$python" flow_grpo.py --model tiny-sd3 --output-dir "$folder/run")
+export PYTHONUNBUFFERED=1
+part tests 300 "$python" -m pytest -v -rs test_flow_grpo.py -k gpu
+if [ -n "$small" ]; then
+    head -n 8 prompts.txt >"$folder/prompts.txt"
+    part speed 600 "${speed[@]}" --model small --batch-sizes 1 --repetitions 1
+    part run 300 "${run[@]}" --prompt-file "$folder/prompts.txt" --epochs 1 --prompts-per-epoch 2 \
+        --group-size 4 --batch-size 4
+    part large 300 "${speed[@]}" --model small --batch-sizes 2 --repetitions 1 --loops flow_grpo
+    part epoch 300 "${speed[@]}" --model small --batch-sizes 2 --repetitions 1 --loops flow_grpo \
+        --recipe fast --images 2x3
+else
+    part speed 420 "${speed[@]}" --batch-sizes 1 4 --repetitions 2
+    part run 360 "${run[@]}" --prompt-file prompts.txt
+    part large 300 "${speed[@]}" --batch-sizes 8 16 --repetitions 1
+    part epoch 390 "${speed[@]}" --batch-sizes 8 --repetitions 1 --loops flow_grpo --recipe fast \
+        --images 48x24
+fi
+cat "$folder/summary.txt"
