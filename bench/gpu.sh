@@ -11,7 +11,7 @@ mkdir -p "${1:-bench}" && folder=$(cd "${1:-bench}" && pwd)
 given=$#
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python}
-device=$("$python" -c 'import torch as t; print(t.cuda.get_device_name() if t.cuda.is_available() else "CPU")')
+device=$("$python" -c 'from torch.cuda import *; print(get_device_name() if is_available() else "CPU")')
 [ -n "$device" ] || { echo "error: $python can't import torch: name another by PYTHON=" >&2; exit 2; }
 [ "$device" = CPU ] && SMALL=1
 small=${SMALL:-}
