@@ -505,7 +505,7 @@ def score_images(rewards: list[tuple], images: Tensor, records: list[dict]) -> d
     for name, weight, function, _ in rewards:
         try:  # with copies, which the function may change as it likes
             result = function(images.clone(), list(prompts), copy.deepcopy(records))
-            result = result if isinstance(result, dict) else {name: result}
+            result = result if isinstance(result, dict) and result else {name: result}
             result = {key: torch.as_tensor(value).detach().float().cpu() for key, value in result.items()}
         except (Exception, SystemExit) as e:
             raise UserError(f"the reward {name} failed at the prompt '{prompts[0]}': {why(e)}") from e
@@ -578,10 +578,10 @@ def read_prompts(path: str, rewards: list[tuple]) -> list[dict]:
     number, records = 0, []
     try:
         for line in Path(path).read_text(encoding="utf-8-sig").split("\n"):
-            number += 1
-            if line.strip():
+            if (number := number + 1) and line.strip():
                 record = json.loads(line) if path.lower().endswith(".jsonl") else {"prompt": line.strip()}
-                if not isinstance(record, dict) or "\0" in str(record.get("prompt", "\0")).encode().decode():
+                prompt = record.get("prompt") if isinstance(record, dict) else None
+                if not isinstance(prompt, str) or b"\0" in prompt.encode():
                     raise ValueError("a record needs a `prompt` of Unicode text")
                 for *_, check in rewards:
                     check(record)
