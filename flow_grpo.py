@@ -45,6 +45,8 @@ from tqdm import tqdm
 
 TRAIN_STEPS, EVAL_STEPS = 10, 40  # denoising reduction [P]: few steps to learn from, many to judge by
 HERE, SD35 = Path(__file__).resolve().parent, "stabilityai/stable-diffusion-3.5-medium"
+DIVERGED = "training diverged, so start a new run with a lower --learning-rate"
+OUT_OF_MEMORY = "out of memory: give --gradient-checkpointing or a lower --batch-size"
 Text = tuple[Tensor, Tensor]  # N encoded prompts in the network's dtype: embeds [N, L, D], pooled [N, D']
 bar = partial(tqdm, unit="image", disable=None, leave=False)
 
@@ -98,9 +100,9 @@ def rollout(
     """
     levels = noise_level if isinstance(noise_level, Sequence) else [noise_level] * (len(times) - 1)
     latents, log_probs = [x.float()], []
-    for k, level in enumerate(levels):
+    for k, (t, t_next, level) in enumerate(zip(times[:-1], times[1:], levels, strict=True)):
         v = velocity(latents[-1], k).detach()
-        x, log_prob, _, _ = sde_step(v, latents[-1], times[k], times[k + 1], level, generator=generator)
+        x, log_prob, _, _ = sde_step(v, latents[-1], t, t_next, level, generator=generator)
         latents.append(x)
         log_probs.append(log_prob)
     return torch.stack(latents, 1), torch.stack(log_probs, 1)
@@ -185,7 +187,7 @@ def decode(vae, latents: Tensor) -> Tensor:
     return (vae.decode(z, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
 
-# ---- Training. An epoch is `collect`, which draws and scores images, and `update`, which learns from them.
+# ---- Training. An epoch is `collect` and `update`; the `run` that all functions share is made by `prepare`.
 class Samples(NamedTuple):
     """An epoch's N = P * G images, prompt by prompt; S of their T steps had noise. On the CPU."""
 
@@ -203,7 +205,7 @@ def velocity_along(run, times: list[float], text: Text) -> Callable[[Tensor, int
 
 
 def full(batch: Sequence[int], size: int) -> list[int]:
-    """A batch filled up by repeats, which don't count: at another size, half precision rounds differently."""
+    """A batch repeated or cut to `size`. Repeats don't count, but keep the size, for equal rounding."""
     return [batch[i % len(batch)] for i in range(size)]
 
 
@@ -234,13 +236,12 @@ def collect(run, generator: torch.Generator) -> Samples:
             latents.append(path[: len(batch), first : last + 1].cpu())
             log_probs.append(log_prob[: len(batch), first:last].cpu())
             for score in scores[-1:]:
-                score.result()  # At most one batch waits for the judge. This raises what judging raised.
+                score.result()  # So at most one batch waits. This raises what its judge raised.
             scores.append(judge.submit(score_images, run.rewards, images, [records[j] for j in batch]))
             progress.update(len(batch))
         scores = [score.result() for score in scores]
     columns = {name: torch.cat([score[name] for score in scores]) for name in scores[0]}
-    times = times[first : last + 1]
-    return Samples(records, text, times, torch.cat(latents), torch.cat(log_probs), columns)
+    return Samples(records, text, times[first : last + 1], torch.cat(latents), torch.cat(log_probs), columns)
 
 
 def update(run, samples: Samples, generator: torch.Generator) -> dict[str, float]:
@@ -250,9 +251,9 @@ def update(run, samples: Samples, generator: torch.Generator) -> dict[str, float
     # As in [C], samples without an advantage are dropped one by one, and the means below are over those that
     # are left. So the policy's term is N / kept times as large as in [P], and a mastered prompt feels no KL.
     kept = advantages.nonzero().flatten()
-    kept = kept[torch.randperm(len(kept), generator=generator, device=device).cpu()]
+    kept = kept[torch.randperm(len(kept), generator=generator, device=device).cpu()]  # the generator's device
     chunks = [chunk for chunk in kept.tensor_split(config.updates_per_epoch) if len(chunk)]
-    steps, totals, norms, deviation = range(len(times) - 1), {}, [], 0.0
+    steps, totals, norms, deviations = range(len(times) - 1), {}, [], []
     with bar(total=len(kept), desc="update") as progress:
         for chunk in chunks:
             for micro_batch in chunk.split(config.batch_size):
@@ -267,28 +268,28 @@ def update(run, samples: Samples, generator: torch.Generator) -> dict[str, float
                         ref_velocities = [velocity(latents[:, k], k) for k in steps]
                     transformer.enable_adapters()
                 for k in steps:
-                    step = latents[:, k], times[k], times[k + 1], config.noise_level, latents[:, k + 1]
-                    _, log_prob, mean, std = sde_step(velocity(latents[:, k], k), *step)
-                    log_prob, old, kl = log_prob[:n], old_log_probs[:n, k], torch.zeros(n, device=device)
+                    transition = latents[:, k], times[k], times[k + 1], config.noise_level, latents[:, k + 1]
+                    _, log_prob, mean, std = sde_step(velocity(latents[:, k], k), *transition)
+                    log_prob, old = log_prob[:n], old_log_probs[:n, k]
+                    kl = torch.zeros_like(log_prob)
                     if config.beta > 0:
-                        _, _, ref_mean, _ = sde_step(ref_velocities[k], *step)
-                        # The published betas weigh the KL of [C], which leaves |dt| out of the variance: late
-                        # steps, which have little noise, count more, and image quality holds. The exact KL of
-                        # [P], gaussian_kl(mean, ref_mean, std), is 1 / |dt| times as large (25 at the first
-                        # step, 4 at the ninth) and wants a beta about ten times smaller.
-                        kl = gaussian_kl(mean, ref_mean, std / math.sqrt(times[k] - times[k + 1]))[:n]
+                        _, _, ref_mean, _ = sde_step(ref_velocities[k], *transition)
+                        # The factor |dt| is not in [P]. [C] leaves |dt| out of the variance, and published
+                        # betas are for that: late steps, with little noise, count more, so images stay good.
+                        # Without it, the KL is 25 (first step) to 4 times as large: take a tenth of beta.
+                        kl = gaussian_kl(mean, ref_mean, std)[:n] * (times[k] - times[k + 1])
                     loss, stats = grpo_loss(log_prob, old, advantage, kl, config.clip_range, config.beta)
-                    weight = n / len(chunk) / len(steps)  # The objective is a mean over steps and images.
+                    weight = n / len(chunk) / len(steps)  # `loss` is a mean over n, the objective over all
                     run.scaler.scale(loss * weight).backward()
                     for name, value in stats.items():
                         totals[name] = totals.get(name, 0) + value * weight / len(chunks)
-                    if chunk is chunks[0]:  # Before the first step, a ratio other than 1 is numerical error.
-                        deviation = max(deviation, (log_prob.detach() - old).expm1().abs().max())
+                    if not norms:  # Before the first optimiser step, a ratio other than 1 is numerical error.
+                        deviations.append((log_prob.detach() - old).expm1().abs().max())
                 progress.update(n)
             norms.append(optimizer_step(run))
-    totals["grad_norm"] = sum(filter(math.isfinite, norms)) / max(1, sum(map(math.isfinite, norms)))
-    totals["skipped_updates"] = sum(not math.isfinite(norm) for norm in norms)
-    totals |= {"ratio_deviation": deviation, "trained": len(kept) / len(advantages)}
+    finite = [norm for norm in norms if math.isfinite(norm)]
+    totals |= {"grad_norm": sum(finite) / max(1, len(finite)), "skipped_updates": len(norms) - len(finite)}
+    totals |= {"ratio_deviation": max(deviations, default=0), "trained": len(kept) / len(advantages)}
     return {name: float(value) for name, value in totals.items()}
 
 
@@ -302,10 +303,11 @@ def optimizer_step(run) -> float:
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    run.updates += math.isfinite(norm)
-    if math.isfinite(norm) and run.updates % run.config.ema_interval == 0:
-        run.ema.optimization_step = run.updates  # It is shorter at first [C].
-        run.ema.step(run.parameters)
+    if math.isfinite(norm):
+        run.updates += 1
+        if run.updates % run.config.ema_interval == 0:
+            run.ema.optimization_step = run.updates  # The decay warms up by optimiser steps, as in [C].
+            run.ema.step(run.parameters)
     return norm
 
 
@@ -353,11 +355,11 @@ def train(run, out: Path) -> None:
             generator = torch.Generator(run.device).manual_seed(config.seed * 1_000_003 + run.epoch)
             start = time.perf_counter()
             samples = collect(run, generator)
-            seconds = {"seconds_rollout": time.perf_counter() - start}
+            middle = time.perf_counter()
             stats = update(run, samples, generator) | {"reward_std": samples.columns["reward"].std().item()}
-            seconds["seconds_update"] = time.perf_counter() - start - seconds["seconds_rollout"]
+            stats |= {"seconds_rollout": middle - start, "seconds_update": time.perf_counter() - middle}
             run.epoch += 1
-            log(run, averages(samples.columns, samples.records) | stats | seconds, out, tensorboard)
+            log(run, averages(samples.columns, samples.records) | stats, out, tensorboard)
             progress.update()
 
 
@@ -394,7 +396,7 @@ def prepare(config, pipe, rewards: list[tuple], train: list[dict], held_out: lis
         pipe.vae.enable_slicing()  # Decoding would need the most memory otherwise.
     if config.compile:
         torch.compiler.config.recompile_limit = 64  # kinds of blocks; adapter on or off; a graph or none
-        torch.autograd.set_multithreading_enabled(False)  # The limit is this thread's, so stay in it.
+        torch.autograd.set_multithreading_enabled(False)  # The limit is this thread's alone.
         for block in transformer.transformer_blocks:
             block.compile(dynamic=False)
     device, hook = torch.device("cuda" if torch.cuda.is_available() else "cpu"), None
@@ -422,7 +424,7 @@ def prepare(config, pipe, rewards: list[tuple], train: list[dict], held_out: lis
         for p, saved in zip(parameters, state["parameters"]):
             p.data.copy_(saved)
         for name in ("ema", "optimizer", "scaler"):
-            getattr(run, name).load_state_dict(state[name])
+            getattr(run, name).load_state_dict(state[name] or getattr(run, name).state_dict())
         run.ema.to(device)
     return run
 
@@ -542,14 +544,14 @@ SETTINGS = {  # the default, which is the published recipe for SD3.5; tiny-sd3's
     "updates_per_epoch": (2, 2, 1, "optimiser steps an epoch; all but the first are off-policy"),
     "batch_size": (4, 48, 1, "images in one forward pass: the fewer, the less memory"),
     "learning_rate": (3e-4, 1e-3, 1e-12, "of AdamW"),
-    "beta": (0.04, 0.3, 0.0, "weight of the KL penalty"),
+    "beta": (0.04, 0.4, 0.0, "weight of the KL penalty"),
     "clip_range": (1e-4, 1e-4, 1e-12, "of the ratio; small, as log-probs are means over the elements"),
     "guidance_scale": (4.5, 1.0, 1.0, "classifier-free guidance in training and evaluation; 1 for none"),
     "noise_level": (0.7, 1.0, 1e-3, "of the SDE"),
     "sde_steps": (9, 7, 1, "how many consecutive steps have noise and are trained"),
     "sde_range": (9, 7, 1, "these lie within the first so many, at a place drawn anew each epoch"),
     "lora_rank": (32, 16, 1, "of the adapter; its alpha is twice that"),
-    "ema_interval": (8, 4, 1, "updates between two steps of the adapter's moving average"),
+    "ema_interval": (8, 4, 1, "updates between two steps of the adapter's moving average, which is saved"),
     "height": (512, 32, 1, "pixels"),
     "width": (512, 64, 1, "pixels"),
     "max_sequence_length": (128, 1, 1, "T5 tokens (without T5, zeros that stand for them)"),
@@ -588,7 +590,7 @@ def read_prompts(path: str, rewards: list[tuple]) -> list[dict]:
                 records.append(record)
         if not records:
             raise ValueError("it has no prompts")
-    except (OSError, ValueError, RecursionError) as e:
+    except Exception as e:  # A reward's check may raise any.
         raise UserError(f"can't use the prompt file {path}, line {number}: {e}; mend or replace it") from e
     return records
 
@@ -619,11 +621,10 @@ def save(run, out: Path) -> None:
     state = {name: getattr(run, name) for name in names} | {"config": vars(run.config)}
     state |= {name: getattr(run, name).state_dict() for name in ("ema", "optimizer", "scaler")}
     atomic(out / "checkpoint.pt", partial(torch.save, state))
-    config, held_out = [vars(run.config)], run.eval_records
-    files = {"config.json": config, "eval_prompts.jsonl": held_out, "metrics.jsonl": run.metrics}
-    for name, records in files.items():
-        lines = [json.dumps(record, indent=2 if records is config else None) + "\n" for record in records]
-        atomic(out / name, lambda path: path.write_text("".join(lines), encoding="utf-8"))
+    files = {"eval_prompts.jsonl": run.eval_records, "metrics.jsonl": run.metrics}
+    texts = {name: "".join(json.dumps(r) + "\n" for r in records) for name, records in files.items()}
+    for name, text in (texts | {"config.json": json.dumps(vars(run.config), indent=2) + "\n"}).items():
+        atomic(out / name, lambda path: path.write_text(text, encoding="utf-8"))
     transformer = run.pipe.transformer
     names = [name for name, p in transformer.named_parameters() if p.requires_grad]
     layers = get_peft_model_state_dict(transformer, dict(zip(names, run.ema.shadow_params)))
@@ -651,25 +652,20 @@ def log(run, metrics: dict[str, float], out: Path, tensorboard: SummaryWriter) -
 
 
 # ---- Command line.
-DIVERGED = "training diverged, so start a new run with a lower --learning-rate"
-OUT_OF_MEMORY = "out of memory: give --gradient-checkpointing or a lower --batch-size"
-
-
 class UserError(Exception):
     """Something that the user can mend: shown as one sentence, without a traceback, with exit code 2."""
 
 
 def why(e: BaseException | None) -> str:
-    """What went wrong. The libraries bury the hub's answer in a chain of exceptions."""
+    """What went wrong. The libraries bury what the hub said in a chain of exceptions."""
     summary, chain = f"{type(e).__name__} ({' '.join(str(e).split())[:300]})", ""
     while e is not None:
-        chain, e = f"{chain} {type(e).__mro__} {e}", e.__cause__ or e.__context__
-    meanings = {
-        "out of memory|allocate memory|ALLOC_FAILED|MemoryError": OUT_OF_MEMORY,
-        "GatedRepo": "it is gated: accept its licence on its page at huggingface.co, and run `hf auth login`",
-        "LocalEntryNotFound|Connect|Offline|Timeout": "what it needs is out of reach: check name and network",
-    }
-    return next((meaning for pattern, meaning in meanings.items() if re.search(pattern, chain)), summary)
+        chain, e = f"{chain} {type(e).__mro__}", e.__cause__ or e.__context__
+    if "GatedRepo" in chain:
+        return "it is gated: accept its licence on its page at huggingface.co, and run `hf auth login`"
+    if re.search("LocalEntryNotFound|Connect|Offline|Timeout", chain):
+        return "what it needs is out of reach: check name and network"
+    return OUT_OF_MEMORY if re.search("of memory|te memory|MemoryError|ALLOC_FAILED", summary) else summary
 
 
 def configure(argv: list[str] | None) -> tuple[SimpleNamespace, dict | None]:
@@ -694,8 +690,10 @@ def configure(argv: list[str] | None) -> tuple[SimpleNamespace, dict | None]:
             before = state["config"]
         except Exception as e:  # torch raises many kinds.
             raise UserError(f"{checkpoint} is damaged: {why(e)}; put back a copy, or start a new run") from e
-        for name in [n for n in given if n not in MAY_CHANGE and given[n] != before[n]]:
-            raise UserError(f"{name} was {before[name]} in {out}: leave that flag out, or start a new run")
+        for name in [n for n in given if n not in MAY_CHANGE and given[n] != before.get(n)]:
+            raise UserError(
+                f"{name} was {before.get(name)} in {out}: leave that flag out, or start a new run"
+            )
         print(f"Resuming the run in {out}: {state['epoch']} epochs are done.")
         return settings(**before | given), state
     if not given.get("prompt_file"):
@@ -704,7 +702,6 @@ def configure(argv: list[str] | None) -> tuple[SimpleNamespace, dict | None]:
     if not given.get("model"):
         given["model"] = SD35 if torch.cuda.is_available() else str(HERE / "tiny-sd3")
         print(f"Training {given['model']}" + ", as there is no CUDA GPU." * (given["model"] != SD35))
-    (out / "samples").mkdir(parents=True, exist_ok=True)
     return settings(**given), None
 
 
@@ -718,11 +715,12 @@ def main(argv: list[str] | None = None) -> int:
         score_images(rewards, torch.zeros(1, 3, config.height, config.width), records[0][:1])
         run = prepare(config, load_pipeline(config.model), rewards, *records, state)
         print("\n".join(f"  {name:22} {value}" for name, value in vars(config).items()), flush=True)
+        (out / "samples").mkdir(parents=True, exist_ok=True)
         save(run, out)
         hint = f"; to go on: python flow_grpo.py --resume {out}"
         train(run, out)
         first, *_, last = [m for m in run.metrics if "eval_reward" in m]
-        for name in [name for name in last if name != "epoch" and "/" not in name]:
+        for name in [name for name in last if name in first and name != "epoch" and "/" not in name]:
             print(f"held-out {name.removeprefix('eval_')}: {first[name]:.3f} before, {last[name]:.3f} after")
         print(f"({len(run.eval_records)} prompts, {EVAL_STEPS} ODE steps.) Weights and images are in {out}")
         return 0
