@@ -239,8 +239,7 @@ def collect(run, generator: torch.Generator) -> Samples:
                 score.result()  # So at most one batch waits. This raises what its judge raised.
             scores.append(judge.submit(score_images, run.rewards, images, [records[j] for j in batch]))
             progress.update(len(batch))
-        scores = [score.result() for score in scores]
-    columns = {name: torch.cat([score[name] for score in scores]) for name in scores[0]}
+        columns = concatenated([score.result() for score in scores])
     return Samples(records, text, times[first : last + 1], torch.cat(latents), torch.cat(log_probs), columns)
 
 
@@ -332,8 +331,8 @@ def evaluate(run) -> tuple[dict[str, float], Tensor]:
             shown.append(images[: max(0, 16 - i)].cpu())
             progress.update(len(records))
     run.ema.restore(run.parameters)
-    columns = {name: torch.cat([score[name] for score in scores]) for name in scores[0]}
-    return {f"eval_{n}": v for n, v in averages(columns, run.eval_records).items()}, torch.cat(shown)
+    means = averages(concatenated(scores), run.eval_records)
+    return {f"eval_{name}": mean for name, mean in means.items()}, torch.cat(shown)
 
 
 def train(run, out: Path) -> None:
@@ -347,7 +346,7 @@ def train(run, out: Path) -> None:
                 metrics, images = evaluate(run)
                 images = F.interpolate(images, scale_factor=max(1, 128 // images.shape[-1]))
                 grid = partial(save_image, images, format="png", nrow=4, padding=0)
-                atomic(out / "samples" / f"epoch_{run.epoch:05}.png", lambda path: grid(fp=path))
+                atomic(out / "samples" / f"epoch_{run.epoch:05}.png", grid)
                 log(run, metrics, out, tensorboard)
             if run.epoch >= config.epochs:
                 break
@@ -520,6 +519,10 @@ def score_images(rewards: list[tuple], images: Tensor, records: list[dict]) -> d
     return columns
 
 
+def concatenated(scores: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([score[name] for score in scores]) for name in scores[0]}
+
+
 def averages(columns: dict[str, Tensor], records: list[dict]) -> dict[str, float]:
     """Each column's mean; if the records have tags, also by tag, and the mean over tags as NAME/overall."""
     means = {name: column.mean().item() for name, column in columns.items()}
@@ -634,7 +637,7 @@ def save(run, out: Path) -> None:
 
 
 def log(run, metrics: dict[str, float], out: Path, tensorboard: SummaryWriter) -> None:
-    """Print metrics, add them to the run's, draw the rewards' curve, and save the run."""
+    """Print metrics, add them to the run's, and save the run; at evaluations, draw the rewards' curve."""
     run.metrics.append({"epoch": run.epoch, **metrics})
     save(run, out)
     for name, value in metrics.items():
@@ -642,13 +645,14 @@ def log(run, metrics: dict[str, float], out: Path, tensorboard: SummaryWriter) -
     line = "  ".join(f"{name} {value:.3g}" for name, value in metrics.items() if "/" not in name)
     tqdm.write(f"epoch {run.epoch}: {line}")
     sys.stdout.flush()
-    axes = Figure(figsize=(6, 4), layout="constrained").subplots()
-    for name in ("reward", "eval_reward", "eval_ocr_accuracy", "eval_geneval_correct/overall"):
-        points = [(m["epoch"], m[name]) for m in run.metrics if name in m]
-        axes.plot(*zip(*points), "-" if name == "reward" else "o-", label=name) if points else None
-    axes.set(xlabel="epoch", title="reward: rollouts, 10 SDE steps; eval: held out, 40 ODE steps")
-    axes.legend()
-    atomic(out / "curve.png", partial(axes.figure.savefig, format="png", dpi=120))
+    if "eval_reward" in metrics:
+        axes = Figure(figsize=(6, 4), layout="constrained").subplots()
+        for name in ("reward", "eval_reward", "eval_ocr_accuracy", "eval_geneval_correct/overall"):
+            points = [(m["epoch"], m[name]) for m in run.metrics if name in m]
+            axes.plot(*zip(*points), "-" if name == "reward" else "o-", label=name) if points else None
+        axes.set(xlabel="epoch", title="reward: rollouts, 10 SDE steps; eval: held out, 40 ODE steps")
+        axes.legend()
+        atomic(out / "curve.png", partial(axes.figure.savefig, format="png", dpi=120))
 
 
 # ---- Command line.
@@ -690,10 +694,8 @@ def configure(argv: list[str] | None) -> tuple[SimpleNamespace, dict | None]:
             before = state["config"]
         except Exception as e:  # torch raises many kinds.
             raise UserError(f"{checkpoint} is damaged: {why(e)}; put back a copy, or start a new run") from e
-        for name in [n for n in given if n not in MAY_CHANGE and given[n] != before.get(n)]:
-            raise UserError(
-                f"{name} was {before.get(name)} in {out}: leave that flag out, or start a new run"
-            )
+        for n in [n for n in given if n not in MAY_CHANGE and given[n] != before.get(n)]:
+            raise UserError(f"{n} was {before.get(n)} in {out}: leave that flag out, or start a new run")
         print(f"Resuming the run in {out}: {state['epoch']} epochs are done.")
         return settings(**before | given), state
     if not given.get("prompt_file"):
