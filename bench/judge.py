@@ -50,6 +50,39 @@ def frechet(images: Tensor, others: Tensor) -> float:
 
 
 @torch.no_grad()
+def judge(
+    run: Path, base: bool = False, count: int = 512, seed: int = 1_000_000
+) -> dict[str, tuple[float, float]]:
+    """The three numbers of a run's folder, each with that of real signs. `base`: without the run's LoRA."""
+    config = json.loads((run / "config.json").read_text())
+    records = [json.loads(line) for line in (run / "eval_prompts.jsonl").read_text().splitlines()]
+    records = [records[i % len(records)] for i in range(count)]
+    words = [flow_grpo.quoted_text(record) for record in records]
+    logging.disable(logging.WARNING)  # that the LoRA has no text encoders
+    pipe = StableDiffusion3Pipeline.from_pretrained(config["model"])
+    pipe.set_progress_bar_config(disable=True)
+    if not base:
+        pipe.load_lora_weights(run)
+    size = {name: config[name] for name in ("height", "width", "guidance_scale", "max_sequence_length")}
+    drawn = []
+    for i in tqdm(range(0, len(records), 64), desc="drawing", unit="batch"):
+        prompts = [record["prompt"] for record in records[i : i + 64]]
+        seeds = [torch.Generator().manual_seed(seed + i + j) for j in range(len(prompts))]
+        drawn.append(
+            pipe(
+                prompts, num_inference_steps=flow_grpo.EVAL_STEPS, generator=seeds, output_type="pt", **size
+            ).images
+        )
+    images, rng = torch.cat(drawn), random.Random(seed)
+    signs = [torch.from_numpy(make.draw_sign(word, rng)).permute(2, 0, 1) / 255 for word in words * 5]
+    real, others = torch.stack(signs[: len(words)]), torch.stack(signs[len(words) :])
+    return {
+        "exact": (exact(images, words), exact(real, words)),
+        "spread": (spread(images), spread(real)),
+        "frechet": (frechet(images, others), frechet(real, others)),
+    }
+
+
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
@@ -58,33 +91,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--seed", type=int, default=1_000_000)
     args = parser.parse_args()
-    config = json.loads((args.run / "config.json").read_text())
-    records = [json.loads(line) for line in (args.run / "eval_prompts.jsonl").read_text().splitlines()]
-    records = [records[i % len(records)] for i in range(args.images)]
-    words = [flow_grpo.quoted_text(record) for record in records]
-    logging.disable(logging.INFO)
-    pipe = StableDiffusion3Pipeline.from_pretrained(config["model"])
-    pipe.set_progress_bar_config(disable=True)
-    if not args.base:
-        pipe.load_lora_weights(args.run)
-    size = {name: config[name] for name in ("height", "width", "guidance_scale", "max_sequence_length")}
-    drawn = []
-    for i in tqdm(range(0, len(records), 64), desc="drawing", unit="batch"):
-        prompts = [record["prompt"] for record in records[i : i + 64]]
-        seeds = [torch.Generator().manual_seed(args.seed + i + j) for j in range(len(prompts))]
-        drawn.append(
-            pipe(
-                prompts, num_inference_steps=flow_grpo.EVAL_STEPS, generator=seeds, output_type="pt", **size
-            ).images
-        )
-    images, rng = torch.cat(drawn), random.Random(args.seed)
-    signs = [torch.from_numpy(make.draw_sign(word, rng)).permute(2, 0, 1) / 255 for word in words * 5]
-    real, others = torch.stack(signs[: len(words)]), torch.stack(signs[len(words) :])
-    for name, value, of_real in (
-        ("exact", exact(images, words), exact(real, words)),
-        ("spread", spread(images), spread(real)),
-        ("frechet", frechet(images, others), frechet(real, others)),
-    ):
+    for name, (value, of_real) in judge(args.run, args.base, args.images, args.seed).items():
         print(f"{name} {value:.3f} ({of_real:.3f})")
 
 
