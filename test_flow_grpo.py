@@ -130,8 +130,8 @@ def test_group_advantages():
     std, own = rewards.double().std(correction=0), (centred**2).mean(1, keepdim=True).sqrt()
     assert torch.allclose(group_advantages(rewards).double(), centred / (std + 1e-4), atol=1e-6)
     assert torch.allclose(group_advantages(rewards, False).double(), centred / (own + 1e-4), atol=1e-6)
-    outlier, equal = torch.tensor([[0.0] * 99 + [1.0]]), torch.full((5, 7), 0.1)
-    assert not group_advantages(rewards)[2].any() and not group_advantages(equal, False).any()
+    outlier = torch.tensor([[0.0] * 99 + [1.0]])
+    assert not group_advantages(rewards)[2].any() and not group_advantages(rewards[2:], False).any()
     assert group_advantages(outlier).max() == 5 and group_advantages(-outlier, clip=2.0).min() == -2
 
 
@@ -152,7 +152,7 @@ def test_loss_and_its_gradient_on_both_sides_of_the_clip():
     r, flat = log_ratio.detach().exp(), torch.tensor([0, 0, 0, 1, 1, 0, 0, 0]).bool()  # beyond the clip
     assert torch.allclose(log_ratio.grad, torch.where(flat, 0, -a * r / 8), rtol=1e-4)
     surrogate = -2 * (r[:3].sum() + 1.1 - 0.9 - r[5:].sum()).item() / 8
-    expected = dict(ratio_mean=r.mean().item(), clipfrac=0.5, approx_kl=0.5 * (0.2**2 + 0.05**2) / 2)
+    expected = dict(ratio_mean=r.mean().item(), clipfrac=0.5, approx_kl=(0.2**2 + 0.05**2) / 4)
     expected |= dict(policy_loss=surrogate, kl=4.5)
     assert {name: s.item() for name, s in stats.items()} == pytest.approx(expected, rel=1e-4)
     assert loss.item() == pytest.approx(surrogate + 0.5 * 4.5) and (kl.grad == 0.5 / 8).all()
@@ -169,7 +169,7 @@ def save_random_pipeline(folder: Path, t5=True, pooled=(16, 16), joint=32, chann
     for encoder in clips:
         torch.nn.init.normal_(encoder.text_model.embeddings.token_embedding.weight)
     t5_config = tr.T5Config(vocab_size=4, d_model=joint, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0)]
+    pieces = [(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>", "▁")]
     t5_parts = tr.T5EncoderModel(t5_config), tr.T5TokenizerFast(vocab=pieces, extra_ids=0)
     sizes = dict(
         sample_size=8, num_layers=2, attention_head_dim=8, num_attention_heads=2, caption_projection_dim=16,
@@ -217,11 +217,10 @@ WINDOW = dict(sde_steps=3, sde_range=5, guidance_scale=1.0, ema_interval=2)  # I
 
 @pytest.fixture
 def work(tmp_path, monkeypatch):
-    """A folder with prompts and rewards, as the current one; evaluations of 4 steps."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(flow_grpo, "EVAL_STEPS", 4)
     Path("rewards.py").write_text(REWARDS)
-    Path("prompts.txt").write_text("".join(f'a "{i}"\n' for i in range(8)))
+    write("prompts.txt", *(f'a "{i}"' for i in range(8)))
 
 
 def arguments(model, out="out", **given):
@@ -272,8 +271,7 @@ def test_evaluation_draws_what_the_stock_pipeline_draws(model, work, name, guida
 
 
 def objective(run, samples, chosen, advantages, old=None):
-    """[P]'s objective over the chosen images and all steps at once, with [C]'s KL: the log-probs [N, S], the
-    loss, the policy's and the KL's part of it, and the share of clipped ratios to `old` log-probs."""
+    """Log-probs [N, S] of the chosen images, [P]'s loss with [C]'s KL, its two parts, and clipfrac."""
     c, net, log_probs, kls = run.config, run.pipe.transformer, [], []
     text = flow_grpo.encode(run.pipe, [samples.records[i]["prompt"] for i in chosen], 5, "cpu")
     for k, (t, t_next) in enumerate(zip(samples.times, samples.times[1:])):
@@ -303,10 +301,7 @@ def test_an_updates_gradient_is_the_papers(model, work, monkeypatch, name, steps
     samples = samples._replace(columns={"reward": r.flatten()})
     advantages = ((r - r.mean(1, keepdim=True)) / (r.std(correction=0) + 1e-4)).flatten()
     log_probs = objective(run, samples, range(16), advantages)[0]
-    assert samples.latents.shape == (16, steps + 1, 4, 8, 8) and samples.log_probs.shape == (16, steps)
-    assert torch.allclose(samples.log_probs.double(), log_probs, atol=1e-5)
-    times = flow_grpo.schedule(FlowMatchEulerDiscreteScheduler(shift=3.0), 10)
-    assert samples.times == times[times.index(samples.times[0]) :][: steps + 1]
+    assert torch.allclose(samples.log_probs.double(), log_probs, atol=1e-5) and log_probs.shape == (16, steps)
 
     def capture(run):
         gradient = torch.cat([p.grad.flatten() for p in run.parameters]) / scale
@@ -336,8 +331,8 @@ def test_first_update_trains_the_adapter_alone_with_ratios_of_one(model, work):
     net, layer = run.pipe.transformer, run.pipe.transformer.transformer_blocks[0].attn.to_q
     before = {n: p.detach().clone() for n, p in net.named_parameters()}
     trained = {n for n, p in net.named_parameters() if p.requires_grad and p.dtype == torch.float32}
-    attention = "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"
-    places = [f"transformer_blocks.{i}.attn.{end}" for i in (0, 1) for end in attention]
+    ends = "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"
+    places = [f"transformer_blocks.{i}.attn.{end}" for i in (0, 1) for end in ends]
     assert {n.split(".lora_")[0] for n in trained} == set(places[:-1])  # The last block has no to_add_out.
     assert any("attn2.to_q" in n for n in before) and len(trained) == len(run.parameters)
     assert layer.scaling == {"default": 2.0} and layer.lora_A["default"].weight.shape == (4, 16)
@@ -427,7 +422,6 @@ def test_half_precision_compiling_and_checkpoints(model, work, monkeypatch, comp
 
 
 def test_optimizer_steps_and_the_adapters_average(model, work):
-    """AdamW on gradients of norm 1 at most. Every second one moves the average. An overflow is none."""
     run = small_run(model, ema_interval=2, learning_rate=0.02)
     run.scaler, parameters = torch.amp.GradScaler("cpu", 4.0), run.parameters
     clones, average = ([p.detach().clone() for p in parameters] for _ in range(2))
@@ -468,10 +462,9 @@ def test_a_run_leaves_what_it_promises(model, work, capsys, monkeypatch):
         assert f"epoch {m['epoch']}: reward {m['reward']:.3g}  first " in out
     before, after = (f"{lines[i]['eval_reward']:.3f}" for i in (0, -1))
     assert f"held-out reward: {before} before, {after} after" in out and "(4 prompts, 4 ODE steps.)" in out
-    files = "checkpoint.pt config.json curve.png epoch_00000.png epoch_00002.png epoch_00003.png "
-    files += "eval_prompts.jsonl events metrics.jsonl pytorch_lora_weights.safetensors"
-    names = sorted(p.name for p in Path("out3").rglob("*") if p.is_file())
-    assert re.sub(r"events\S*", "events", " ".join(names)) == files
+    files = "checkpoint config curve epoch_00000 epoch_00002 epoch_00003 eval_prompts events metrics"
+    names = sorted(p.name.split(".")[0] for p in Path("out3").rglob("*") if p.is_file())
+    assert names == [*files.split(), "pytorch_lora_weights"]
     assert Image.open("out3/samples/epoch_00000.png").size == (4 * 128, 128) and Image.open("out3/curve.png")
 
 
@@ -490,10 +483,7 @@ def same_run(model, out):
     assert a_spec == b_spec and all(equal) and len(equal) > 100
 
 
-PLACES = ["collect1", "update2", "evaluate2", "log1", "log3", "atomic2", "atomic13", "kill"]
-
-
-@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("where", re.split(" ", "collect1 update2 evaluate2 log1 log3 atomic2 atomic13 kill"))
 def test_interrupted_equals_uninterrupted(model, work, monkeypatch, capsys, where):
     def interrupted(*args):
         calls.append(args)
@@ -569,7 +559,7 @@ prompt-file ugly.txt | ugly.txt, line 2: ugly things can't; prompt-file . | prom
 prompt-file | no prompts | --prompt-file; reward none.py:f | none.py | No such file | file.py:function
 reward beauty | 'beauty' | give ocr, path/to/file.py:function | rewards/; reward rewards.py:none | KeyError
 reward rewards.py:number | not callable; reward syntax.py:f | SyntaxError; reward leaves.py:f | SystemExit
-reward rewards.py:leaves | SystemExit; reward rewards.py:broken | ZeroDivisionError; epochs 0 | epochs is 0
+reward rewards.py:broken | ZeroDivisionError; epochs 0 | epochs is 0
 reward rewards.py:wide | returned rewards.wide | 1 finite numbers; reward ocr=x | 'ocr=x' | float
 reward rewards.py:twice | returned reward | named apart; reward rewards.py:nothing | rewards.nothing failed
 reward ocr,ocr=2 | ocr=2 | write each reward once; reward ocr | ocr needs a text in double quotes | line 3
@@ -603,92 +593,68 @@ def test_what_fails_in_the_middle(model, work, capsys, monkeypatch):
         flow_grpo.score_images([], torch.full((1, 3, 16, 16), math.nan), [{"prompt": "a"}])
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     fails(arguments("no/model", "new"), capsys, "no/model", "network")
-    error = OSError("no access")  # as diffusers raises it
-    error.__context__ = GatedRepoError("gated", response=Mock())
+    error = OSError("no access")
+    error.__context__ = GatedRepoError("gated", response=Mock())  # as diffusers raises it
     monkeypatch.setattr(StockPipeline, "load_config", Mock(side_effect=error))
     fails(arguments(flow_grpo.SD35, "new"), capsys, "gated", flow_grpo.SD35, "licence", "hf auth login")
 
 
 # ---- Prompts and rewards.
+def write(path, *lines):
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def test_prompts_are_split(work):
-    def split(lines, name="some.txt", **given):
-        Path(name).write_text("\n".join(lines), encoding="utf-8")
+    def split(*lines, name="some.txt", **given):
+        write(name, *lines)
         parts = flow_grpo.split_prompts(flow_grpo.settings(prompt_file=name, **given), rewards)
         return [[r["prompt"] for r in part] for part in parts]
 
     rewards, lines = flow_grpo.load_rewards("ocr"), [f'a "{i}"' for i in range(600)]
-    (train, held_out), (more_train, more_held_out) = split(lines[:8]), split(lines * 2)
+    (train, held_out), (more_train, more_held_out) = split(*lines[:8]), split(*lines * 2)
     assert len(train) == len(held_out) == 4 and sorted(train + held_out) == lines[:8]
-    assert split(lines[:8], seed=1) == [train, held_out] and split(lines[:1]) == [lines[:1]] * 2
+    assert split(*lines[:8], seed=1) == [train, held_out] and split(lines[0]) == [lines[:1]] * 2
     assert (len(more_held_out), len(more_train)) == (256, 688) and {*more_train, *more_held_out} == set(lines)
-    record = '\ufeff{"prompt": "b \\"\u2028\\" \\"x\\"", "tag": "t"}\r', "\r", ""
-    assert split(record, "some.jsonl", eval_prompt_file="prompts.txt") == [['b "\u2028" "x"'], lines[:8]]
+    record = '\ufeff{"prompt": "b \\"\u2028\\" \\"x\\"", "tag": "t"}\r'
+    prompts, _ = split(record, "\r", "", name="some.jsonl", eval_prompt_file="prompts.txt")
+    assert prompts == ['b "\u2028" "x"']
 
 
-AUTHORS = {  # lines in the format of the authors' dataset/NAME
-    "ocr": ["train.txt", 'New York Skyline with "Hello World" written with fireworks', 'A "Taxi" sign'],
-    "pickscore": ["train.txt", "a cat in a hat, 8k, artstation", "Barack Obama as a knight, by “Rembrandt”"],
-    "geneval": ["train_metadata.jsonl", """{"tag": "counting", "include": [{"class": "clock", "count": 2}],
- "exclude": [{"class": "clock", "count": 3}], "prompt": "a photo of two clocks"}""", """{"tag": "position",
- "include": [{"class": "banana", "count": 1}, {"class": "suitcase", "count": 1, "position": ["left of", 0]}],
- "prompt": "a photo of a suitcase left of a banana"}"""],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", AUTHORS)
-def test_the_authors_prompt_files_fit_their_rewards(work, name):
-    file, *lines = (text.replace("\n", "") for text in AUTHORS[name])
-    Path(file).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    records = [json.loads(line) if name == "geneval" else {"prompt": line} for line in lines]
-    assert flow_grpo.read_prompts(file, flow_grpo.load_rewards(name)) == records
-    by_tag = {"a/counting": 0.75, "a/position": 0, "a/overall": 0.375} if name == "geneval" else {}
-    means = flow_grpo.averages({"a": torch.tensor([1.0, 0.0, 0.5])}, [*records, records[0]])
-    assert means == {"a": 0.5} | by_tag
+def test_the_authors_prompt_files_fit_their_rewards(work):
+    clocks, cat = [{"class": "clock", "count": n} for n in (2, 3)], {"class": "cat", "count": 1}
+    left = [cat, {"class": "bench", "count": 1, "position": ["left of", 0]}]
+    scenes = [{"tag": "counting", "include": clocks[:1], "exclude": clocks[1:], "prompt": "two clocks"}]
+    scenes += [{"tag": "position", "include": left, "prompt": "a photo of a bench left of a cat"}]
+    write("train_metadata.jsonl", *map(json.dumps, scenes))
+    assert flow_grpo.read_prompts("train_metadata.jsonl", flow_grpo.load_rewards("geneval")) == scenes
+    for name, text in (("ocr", 'neon "Hello World"'), ("pickscore", "a cat by “Rembrandt”, 8k")):
+        write("train.txt", text, text)
+        assert flow_grpo.read_prompts("train.txt", flow_grpo.load_rewards(name)) == [{"prompt": text}] * 2
+    column, by_tag = torch.tensor([1.0, 0.0, 0.5]), {"a/counting": 0.75, "a/position": 0, "a/overall": 0.375}
+    assert flow_grpo.averages({"a": column}, [*scenes, scenes[0]]) == {"a": 0.5} | by_tag
+    assert flow_grpo.averages({"a": column}, [*scenes, {"prompt": "a"}]) == {"a": 0.5}
 
 
 def test_ocr_reward_reads_small_signs_and_finds_words_in_large_images():
-    def write(text, size, height):
+    def sign(text, size, height):
         image, font = Image.new("RGB", size, "wheat"), font_manager.findfont("DejaVu Sans")
         ImageDraw.Draw(image).text((8, 8), text, "navy", ImageFont.truetype(font, height), spacing=height / 2)
         return to_tensor(image)
 
-    images = torch.stack([write(n, (64, 32), 16) for n in ("407", "83", "651", "902")])
+    images = torch.stack([sign(n, (64, 32), 16) for n in ("407", "83", "651", "902")])
     prompts = ['a "417"', 'a "7"', "a “65”", 'a " " "902"']  # one of three; nothing alike; inside; right
     scores = {"ocr": pytest.approx([2 / 3, 0, 1, 1]), "ocr_accuracy": [0, 0, 1, 1]}
     assert flow_grpo.ocr_reward(images, prompts, []) == scores
     assert flow_grpo.ocr_reward(torch.full((1, 3, 32, 64), 0.5), prompts[:1], [])["ocr"] == [0]
-    size, random = (256, 192), torch.rand(3, 192, 256, generator=seeded())
-    images = torch.stack([write("Grand Hotel\nOPEN", size, 28), write("coffee", size, 40), random])
-    prompts = ['a "grand hotel"', 'a cup with "COFFEES"', 'a "word"']
-    assert flow_grpo.ocr_reward(images, prompts, [])["ocr"] == pytest.approx([1, 1 - 1 / 7, 0])
+    images = torch.stack([sign("Grand Hotel\nOPEN", (256, 192), 28), sign("coffee", (256, 192), 40)])
+    scores = flow_grpo.ocr_reward(images, ['a "grand hotel"', 'a cup with "COFFEES"'], [])["ocr"]
+    assert scores == pytest.approx([1, 1 - 1 / 7])
 
 
-# ---- The embedded model, and the file alone.
-def test_embedded_model_draws_signs_and_learns(tmp_path, monkeypatch, capsys):
-    """It loads plainly. A short run through the command line with the real reward raises that reward."""
-    assert sum(p.stat().st_size for p in (HERE / "tiny-sd3").rglob("*") if p.is_file()) < 8e6
-    pipe, prompts = StockPipeline.from_pretrained(HERE / "tiny-sd3"), (HERE / "prompts.txt").read_text()
-    prompts, generators = prompts.splitlines()[:48], [*map(seeded, range(48))]
-    sizes = dict(height=32, width=64, num_inference_steps=40, guidance_scale=1.0, max_sequence_length=1)
-    images = pipe(prompts, **sizes, generator=generators, output_type="pt").images
-    assert 0.35 < sum(flow_grpo.ocr_reward(images, prompts, [])["ocr_accuracy"]) / 48 < 0.8
-    pixels = (images * 255).round().byte().permute(0, 2, 3, 1).flip(-1).numpy()
-    readings = ["".join(flow_grpo.ocr_engine(32, 64)(image).txts or ()) for image in pixels]
-    assert sum(bool(re.fullmatch(r"\d\d\d", text)) for text in readings) >= 0.9 * 48
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(flow_grpo, "EVAL_STEPS", 4)
-    Path("train.txt").write_text("\n".join(prompts[:4]))
-    flags = "--prompt-file train.txt --eval-prompt-file train.txt --output-dir out --epochs 8 --eval-every 8"
-    flags += " --prompts-per-epoch 4 --batch-size 32 --learning-rate 5e-3"
-    assert flow_grpo.main(flags.split()) == 0
-    assert "tiny-sd3, as there is no CUDA GPU." in capsys.readouterr().out
-    rewards = [m["reward"] for m in metrics() if "reward" in m]
-    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.03, rewards
-
-
+# ---- The file alone.
 def test_the_file_works_alone(tmp_path):
     shutil.copy(HERE / "flow_grpo.py", tmp_path)
-    (tmp_path / "signs.txt").write_text("".join(f'a sign that says "{n}"\n' for n in (123, 456, 789, 246)))
+    write(tmp_path / "signs.txt", *(f'a sign that says "{n}"' for n in (123, 456, 789, 246)))
     flags = "--prompt-file signs.txt --epochs 1 --prompts-per-epoch 2 --group-size 2 --output-dir out"
     command = [sys.executable, "-E", "flow_grpo.py", f"--model={HERE / 'tiny-sd3'}", *flags.split()]
     how = dict(cwd=tmp_path, capture_output=True, text=True)
@@ -702,9 +668,8 @@ def test_the_file_works_alone(tmp_path):
 
 # ---- The GPU's path, with one layer of SD3.5 Medium's size, the autoencoder's factor of 8, small encoders.
 @needs_gpu
-@pytest.mark.parametrize("real, compiled, checkpointed", itertools.product([False, True], repeat=3))
+@pytest.mark.parametrize("real, compiled, checkpointed", [*itertools.product([0, 1], repeat=3)])
 def test_epoch_in_half_precision_on_a_gpu(model, work, real, compiled, checkpointed):
-    """Ratios of 1, memory as it can be foreseen, and the adapter's images in a stock pipeline."""
     torch.compiler.reset()
     given, folder, peaks = dict(compile=compiled, gradient_checkpointing=checkpointed), model, []
     if real:

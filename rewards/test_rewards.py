@@ -1,6 +1,5 @@
 """Tests of the rewards in this folder: no network, no GPU; under a minute on 2 cores."""
 
-import importlib
 import itertools
 import json
 import math
@@ -108,55 +107,36 @@ def test_geneval_score_on_random_scenes():
     assert len(verdicts) == 4 and min(verdicts.values()) > 100, verdicts
 
 
-def test_positions_at_the_thresholds():
-    def where(dx, dy, size=100):
-        box = np.array([100, 100, 100 + size, 100 + size])
-        return geneval.relative_positions(box + [dx, dy, dx, dy], box)
-
-    assert where(0, 0) == where(20, -20) == []  # 0.1 * (100 + 100) is taken off
-    assert where(0.0009, 0, size=0) == [] and where(0.0011, 0, size=0) == ["right of"]
-    for name, x, y in [("right of", 1, 0), ("left of", -1, 0), ("below", 0, 1), ("above", 0, -1)]:
-        assert where(40 * x, 40 * y) == []  # (40 - 20) / 40 is not above 0.5
-        assert where(40.1 * x, 40.1 * y) == where(300 * x, 300 * y) == [name]
-    assert where(-300, 300) == ["left of", "below"]  # (300 - 20) / 424 = 0.66 on both axes
-    assert where(300, 180) == ["right of"]  # (180 - 20) / 350 = 0.46
-
-
 def test_geneval_score_by_hand():
-    judge, two = geneval.geneval_score, [(0, 0, 9, 9), (50, 0, 59, 9)]
-    clock = {"include": [{"class": "clock", "count": 2}]}
-    scores = [(0, False), (0.5, False), (1, True), (0.5, True), (0, True), (0, True)]
-    assert [judge(clock, {"clock": two[:1] * n}) for n in range(6)] == scores
+    where, judge, two = geneval.relative_positions, geneval.geneval_score, [(0, 0, 9, 9), (50, 0, 59, 9)]
+    assert where([-50, 50, -41, 59], two[0]) == ["left of", "below"] and where(two[0], two[0]) == []
+    assert where([0.0009, 0] * 2, [0] * 4) == [] and where([0.0011, 0] * 2, [0] * 4) == ["right of"]
+    assert judge({"include": [BENCH | {"color": None, "position": None}]}, {"bench": two[:1]}) == (1, True)
+    beside = {"include": [BENCH, {"class": "cat", "count": 1, "position": ["right of", 0]}]}
+    assert judge(beside, {"bench": two[1:], "cat": two[:1]}) == (2 / 3, False)  # on the wrong side: 1, 1, 0
     red = {"include": [{"class": "car", "count": 2, "color": "red"}]}
     assert judge(red, {"car": two[:1]}) == (0.25, False)  # too few: no colour is asked for
     with pytest.raises(ValueError, match="color_of"):
         judge(red, {"car": two})
-    assert judge({"include": [BENCH | {"color": None, "position": None}]}, {"bench": two[:1]}) == (1, True)
-    beside = {"include": [BENCH, {"class": "cat", "count": 1, "position": ["right of", 0]}]}
-    assert judge(beside, {"bench": two[1:], "cat": two[:1]}) == (2 / 3, False)  # on the wrong side: 1, 1, 0
 
 
-def test_records_that_cannot_be_judged():
-    def refused(words, **record):
+def test_records_that_can_and_cannot_be_judged(recwarn):
+    def refused(words, *include, **rest):
         with pytest.raises(ValueError, match=words):
-            geneval.check(record)
+            geneval.check({"include": [*include], **rest})
 
-    for include in (None, [], BENCH):
-        refused("list `include`", include=include)
-    refused("list", include=[BENCH], exclude=None)
+    for include, exclude in ((None, []), ([], []), (BENCH, []), ([BENCH], None)):
+        refused("list", include=include, exclude=exclude)
     wrong = [(c, "class .*COCO") for c in (7, BENCH | {"class": "unicorn"}, BENCH | {"class": ["bench"]})]
     wrong += [(BENCH | {"count": n}, f"count of bench is {n}:.* 1 to 16") for n in (None, 0, True, 2.0, 17)]
     for clause, words in wrong:
-        refused(words, include=[BENCH, clause])
-        refused(words, include=[BENCH], exclude=[clause])
-    refused("'mauve'.*orange", include=[BENCH | {"color": "mauve"}])
+        refused(words, BENCH, clause)
+        refused(words, BENCH, exclude=[clause])
+    refused("'mauve'.*orange", BENCH | {"color": "mauve"})
     for position in (["near", 0], ["above", 1], ["above", -1], ["above", 0.0]):
-        refused("left of.*earlier clause", include=[BENCH, BENCH | {"position": position}])
+        refused("left of.*earlier clause", BENCH, BENCH | {"position": position})
     for extra in ({"color": "red"}, {"position": ["above", 0]}):
-        refused("exclude.*bench", include=[BENCH], exclude=[BENCH | extra])
-
-
-def test_records_that_can_be_judged(recwarn):
+        refused("exclude.*bench", BENCH, exclude=[BENCH | extra])
     good = {"include": [BENCH | {"color": "red"}, BENCH | {"count": 16, "position": ["above", 0]}]}
     for extra in ({}, *({"tag": tag, "exclude": [BENCH | {"color": None}]} for tag in geneval.TAGS)):
         geneval.check(good | extra)
@@ -169,6 +149,9 @@ def test_records_that_can_be_judged(recwarn):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Gives the rewards models of random weights, in the hub's formats."""
+    for module in (geneval, clipscore):  # OpenAI trained CLIP with this activation.
+        assert open_clip.get_model_config(module.CLIP)["quick_gelu"]
+        assert open_clip.get_pretrained_cfg(module.CLIP, module.CLIP_WEIGHTS)
     torch.manual_seed(0)
     folder, stages = tmp_path_factory.mktemp("models"), [f"stage{i}" for i in range(1, 5)]
     swin = {"embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4, "window_size": 4, "out_features": stages}
@@ -206,9 +189,7 @@ def models(tmp_path_factory):
     geneval.CLIP = clipscore.CLIP = "tiny-clip"
     geneval.CLIP_WEIGHTS = clipscore.CLIP_WEIGHTS = str(folder / "clip.pt")
     pickscore.PICKSCORE = pickscore.PICKSCORE_PROCESSOR = str(folder / "pickscore")
-    yield folder
-    for module in (pickscore, clipscore, geneval):
-        importlib.reload(module)
+    return folder
 
 
 def pictures(n, height, width):
@@ -242,11 +223,6 @@ def test_clipscore_is_the_cosine(models):
     assert not rewards.requires_grad
 
 
-@pytest.mark.parametrize("name, weights", [(m.CLIP, m.CLIP_WEIGHTS) for m in (geneval, clipscore)])
-def test_clip_has_the_activation_that_openai_trained_it_with(name, weights):
-    assert open_clip.get_model_config(name)["quick_gelu"] and open_clip.get_pretrained_cfg(name, weights)
-
-
 def test_detections_of_a_model_of_the_hub(models):
     images, pils = pictures(4, 40, 48)
     records = [{"tag": "counting"}, {"tag": "colors"}, {"tag": "counting"}, {}]
@@ -267,13 +243,9 @@ def test_detections_of_a_model_of_the_hub(models):
         kept = order[scores[i, order, c] > threshold][:16]
         for name in geneval.COCO[c]:
             assert torch.equal(found[i][name][1], inside[i, kept]) if len(kept) else name not in found[i]
-    records = [r | {"include": [{"class": name, "count": 3} for name in f]} for r, f in zip(records, found)]
-    boxes = [{name: boxes.tolist() for name, (boxes, _) in objects.items()} for objects in found]
-    expected = torch.tensor([geneval.geneval_score(*pair) for pair in zip(records, boxes)])
     geneval.clip_model.cache_clear()  # The first call loads it again, though no colour is asked for.
-    out = geneval.reward(images, ["p"] * 4, records)
+    out = geneval.reward(images, ["p"] * 4, [r | {"include": [BENCH]} for r in records])
     assert list(out) == ["geneval", "geneval_correct"] and geneval.clip_model.cache_info().currsize == 1
-    assert torch.allclose(torch.stack([*out.values()], 1), expected) and len(expected[:, 0].unique()) > 2
 
 
 def test_detections_at_the_thresholds(monkeypatch):
