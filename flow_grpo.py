@@ -294,7 +294,7 @@ def update(run, samples: Samples, generator: torch.Generator) -> dict[str, float
 
 def optimizer_step(run) -> float:
     """Step along the gradient; average the adapter when due. Returns the gradient's norm. If it is infinite,
-    the loss scale was too large, and the scaler skips the step, which is no update."""
+    the loss scale was too large: the scaler skips the step, which is no update. UserError at scale 1."""
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, 1.0).item()
     if not math.isfinite(norm) and run.scaler.get_scale() <= 1:
@@ -375,7 +375,7 @@ def load_pipeline(model: str) -> StableDiffusion3Pipeline:
 
 
 def prepare(config, pipe, rewards: list[tuple], train: list[dict], held_out: list[dict], state=None):
-    """Add the adapter. Returns the `run` of the functions above; `state` is what a checkpoint has of it."""
+    """Add the adapter. Returns the `run` of the functions above, or a checkpoint's. UserError if unfit."""
     transformer, scale = pipe.transformer, pipe.vae_scale_factor
     unit, most = scale * pipe.patch_size, scale * pipe.patch_size * transformer.config.pos_embed_max_size
     if any(size % unit or size > most for size in (config.height, config.width)):

@@ -468,8 +468,7 @@ def test_a_run_leaves_what_it_promises(model, work, capsys, monkeypatch):
     assert Image.open("out3/samples/epoch_00000.png").size == (4 * 128, 128) and Image.open("out3/curve.png")
 
 
-def same_run(model, out):
-    """Is the run in `out`, bit for bit, the one without an interruption?"""
+def same_run(model, out):  # bit for bit
     whole, states = model.with_name("whole-run"), []
     whole.exists() or flow_grpo.main(arguments(model, whole, **WINDOW))
     for folder in (whole, Path(out)):
@@ -485,12 +484,14 @@ def same_run(model, out):
 
 @pytest.mark.parametrize("where", re.split(" ", "collect1 update2 evaluate2 log1 log3 atomic2 atomic13 kill"))
 def test_interrupted_equals_uninterrupted(model, work, monkeypatch, capsys, where):
+    def cut(path):
+        path.write_bytes(b"half a file")
+        raise KeyboardInterrupt
+
     def interrupted(*args):
         calls.append(args)
         if where == f"{name}{len(calls)}":
-            if name == "atomic":
-                args[0].with_name(f".{args[0].name}.new").write_bytes(b"half a file")
-            raise KeyboardInterrupt
+            args = (args[0], cut) if name == "atomic" else cut(Path("half"))
         return original(*args)
 
     calls, name = [], where.rstrip("0123456789")
@@ -647,8 +648,7 @@ def test_ocr_reward_reads_small_signs_and_finds_words_in_large_images():
     assert flow_grpo.ocr_reward(images, prompts, []) == scores
     assert flow_grpo.ocr_reward(torch.full((1, 3, 32, 64), 0.5), prompts[:1], [])["ocr"] == [0]
     images = torch.stack([sign("Grand Hotel\nOPEN", (256, 192), 28), sign("coffee", (256, 192), 40)])
-    scores = flow_grpo.ocr_reward(images, ['a "grand hotel"', 'a cup with "COFFEES"'], [])["ocr"]
-    assert scores == pytest.approx([1, 1 - 1 / 7])
+    assert flow_grpo.ocr_reward(images, ['a "grand hotel"', 'a "COFFEES"'], [])["ocr"] == [1, 1 - 1 / 7]
 
 
 # ---- The file alone.
