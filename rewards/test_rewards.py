@@ -192,8 +192,7 @@ def models(tmp_path_factory):
     return folder
 
 
-def pictures(n, height, width):
-    """Images of 8-bit values, so that the same ones exist as PIL images."""
+def pictures(n, height, width):  # of 8 bits, so that the same ones exist as PIL images
     small = torch.rand(n, 3, height // 4, width // 4, generator=torch.Generator().manual_seed(0))
     images = (F.interpolate(small, size=(height, width), mode="bicubic").clamp(0, 1) * 255).round() / 255
     return images, [Image.fromarray((i.permute(1, 2, 0) * 255).round().byte().numpy()) for i in images]
