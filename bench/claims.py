@@ -164,7 +164,7 @@ def measure(variant: dict, seed: int, out: Path, progress: tqdm) -> dict:
         tuning = (make.PROMPT.format(n) + "\n" for n in make.split_numbers()[2] * 2)
         flags["eval_prompt_file"].write_text("".join(tuning), encoding="utf-8")
     flags |= dict(model=HERE / "tiny-sd3", prompt_file=HERE / "prompts.txt", output_dir=folder, seed=seed)
-    flags["eval_every"] = flags["epochs"] // 4
+    flags["eval_every"] = max(1, flags["epochs"] // 4)
     argv = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
     if (folder / "checkpoint.pt").exists():
         argv = ["--resume", str(folder)]
