@@ -123,5 +123,9 @@ def test_a_claim_from_end_to_end(tmp_path, monkeypatch, capsys):
     text = (tmp_path / "steps.md").read_text()
     assert len(records) == 3 and text in capsys.readouterr().out
     for r in records:
-        assert [p[0] for p in r["points"]] == [0, 1, 2] and f" {r['spread']:.3g} | {r['frechet']:.3g} |" in text
+        assert [p[0] for p in r["points"]] == [
+            0,
+            1,
+            2,
+        ] and f" {r['spread']:.3g} | {r['frechet']:.3g} |" in text
     assert {len(json.loads((tmp_path / "base.json").read_text()))} == {3}

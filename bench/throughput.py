@@ -196,7 +196,9 @@ def main() -> None:
     parser.add_argument(
         "--batch-sizes", type=int, nargs="+", help="by default 1 2 4 8, small: 2, tiny-sd3: 48"
     )
-    parser.add_argument("--loops", choices=LOOPS, nargs="+", help="by default all")
+    parser.add_argument(
+        "--loops", choices=LOOPS, nargs="+", help="by default all (tiny-sd3: the first three)"
+    )
     parser.add_argument("--recipe", choices=RECIPES, default="published")
     parser.add_argument("--images", help="prompts x images each, as in 48x24; by default two batches")
     parser.add_argument("--repetitions", type=int, default=3, help="after one round that warms up")
@@ -208,6 +210,7 @@ def main() -> None:
         from counting import print_count
 
         return print_count(args.batch_sizes or [1, 2, 4, 8, 16])
+    tiny = args.model == "tiny-sd3"
     if args.model == "sd3.5-medium" and not CUDA:
         sys.exit("error: SD3.5 Medium needs a CUDA GPU: give --model tiny-sd3, --model small or --count")
 
@@ -216,7 +219,11 @@ def main() -> None:
         given = dict(batch_size=batch_size, prompts_per_epoch=prompts, group_size=images)
         return make_run(args.model, **given, **RECIPES[args.recipe], **LOOPS[loop])
 
-    loops, batch_sizes = args.loops or list(LOOPS), args.batch_sizes or MODELS[args.model][1]
+    # On a CPU, checkpoints save no memory that is short.
+    loops, batch_sizes = (
+        args.loops or list(LOOPS)[: 3 if tiny else 4],
+        args.batch_sizes or MODELS[args.model][1],
+    )
     if args.profile:
         return profile(make(batch_sizes[0], loops[-1]))
     device = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
@@ -226,15 +233,14 @@ def main() -> None:
     for n in batch_sizes:
         for loop in loops:
             measure(f"{loop} | {n}", partial(make, n, loop), args.repetitions, matmul)
-    if args.model == "tiny-sd3" and not args.images:
+    if tiny and not args.images:
         # Whole epochs of the default run, with real rewards.
         for name, options in {"as its library sets it": {}, "sized to the images": OCR_SIZED}.items():
             engine = RapidOCR(params={"Global.log_level": "error"} | options)
             rewards = [("ocr", 1.0, partial(plain_ocr, engine), f.quoted_text)]
-            repetitions = args.repetitions if options else 1  # It takes ten times as long.
-            measure(
-                f"plain, epoch, OCR {name} | 48", partial(make_run, args.model, rewards), repetitions, matmul
-            )
+            given = {} if options else {"prompts_per_epoch": 1}  # It takes ten times as long.
+            make = partial(make_run, args.model, rewards, **given)
+            measure(f"plain, epoch, OCR {name} | 48", make, args.repetitions if options else 1, matmul)
         for loop in loops[1:3]:
             make = partial(make_run, args.model, f.load_rewards("ocr"), **LOOPS[loop])
             measure(f"{loop}, epoch, OCR | 48", make, args.repetitions, matmul)
