@@ -2,9 +2,9 @@
 
     python bench/claims.py NAME     gain, steps, kl, noise, group, baselines; rates, or all but rates
 
-trains every variant of a claim with `--seeds` seeds. It writes OUTPUT_DIR/NAME.md, a table with the mean,
-least and most over the seeds, and OUTPUT_DIR/NAME.png. It drives the functions of flow_grpo.py. Interrupted,
-the same command goes on. A variant that two claims share is trained once. Nothing is downloaded.
+trains each variant of a claim with `--seeds` seeds, and writes a table (mean, least and most over the seeds)
+and a figure: NAME.md and NAME.png in OUTPUT_DIR. Interrupted, the same command goes on. A variant that two
+claims share is trained once. A folder is for one version of the code, and for one command at a time.
 
 gain       reinforcement learning raises text accuracy
 steps      rollouts of 10 steps do as well as those of 40, and are faster
@@ -19,6 +19,7 @@ import argparse
 import io
 import json
 import platform
+import re
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -28,20 +29,21 @@ from statistics import mean
 
 import torch
 import torch.nn.functional as F
-from judge import flow_grpo, judge, make
+from judge import HERE, flow_grpo, judge, make
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parents[1]
 GOAL = 0.85  # the accuracy that `minutes to` is about
+REAL_UPDATE, REAL_LOG = flow_grpo.update, flow_grpo.log
 
 
 # ---- The baselines' losses, on P groups with K images each. `error` is each image's flow-matching error, the
 # mean of (velocity - (noise - image))^2 over its elements, `ref_error` that of the base model: both [P, K].
 def sft_loss(error: Tensor, ref_error: Tensor | None, advantages: Tensor) -> Tensor:
-    """Supervised fine-tuning on the best image of each group."""
-    return error.gather(1, advantages.argmax(1, keepdim=True)).mean()
+    """Supervised fine-tuning on the best images of each group: all that tie for it."""
+    best = (advantages == advantages.amax(1, keepdim=True)).float()
+    return (best * error).sum() / best.sum()
 
 
 def rwr_loss(error: Tensor, ref_error: Tensor | None, advantages: Tensor) -> Tensor:
@@ -50,7 +52,7 @@ def rwr_loss(error: Tensor, ref_error: Tensor | None, advantages: Tensor) -> Ten
 
 
 def dpo_loss(error: Tensor, ref_error: Tensor, advantages: Tensor, beta: float = 100) -> Tensor:
-    """Flow-DPO (Liu et al., arXiv 2501.13918): a group's best image against its worst; beta as in [C]."""
+    """Flow-DPO (Liu et al., arXiv 2501.13918): a group's best image against its worst. Beta is theirs."""
     gain = ref_error - error
     best, worst = (gain.gather(1, f(1, keepdim=True)) for f in (advantages.argmax, advantages.argmin))
     return -F.logsigmoid(beta / 2 * (best - worst)).mean()
@@ -62,8 +64,8 @@ def baseline(loss_of: Callable, ranks, run, samples, generator: torch.Generator)
     config, network, stats = run.config, run.pipe.transformer, []
     on = {"generator": generator, "device": run.device}
     advantages = flow_grpo.group_advantages(samples.columns["reward"].view(-1, config.group_size))
-    groups = advantages.any(1).nonzero().flatten()  # A group whose images score alike teaches nothing.
-    groups = groups[torch.randperm(len(groups), **on).cpu()]
+    useful = advantages.any(1) | (loss_of is not dpo_loss)  # Among images that score alike, none is better.
+    groups = useful.nonzero().flatten()[torch.randperm(int(useful.sum()), **on).cpu()]
     everything = samples.latents[:, -1].unflatten(0, advantages.shape)
 
     def error(x: Tensor, t: float, target: Tensor, text) -> Tensor:
@@ -79,9 +81,7 @@ def baseline(loss_of: Callable, ranks, run, samples, generator: torch.Generator)
         shares = (torch.arange(7, device=run.device) + torch.rand(7, **on)) / 7
         for s in torch.special.ndtri(shares.clamp(1e-4, 1 - 1e-4)).sigmoid().tolist():
             t = 3 * s / (1 + 2 * s)
-            noise = torch.randn(
-                len(group), 1, *run.latent_shape, **on
-            )  # a group's images share it, as in [C]
+            noise = torch.randn(len(group), 1, *run.latent_shape, **on)  # a group's images share it
             known, ref_error = ((1 - t) * images + t * noise, t, noise - images, text), None
             if loss_of is dpo_loss:
                 network.disable_adapters()
@@ -100,31 +100,36 @@ LONG, SHORT = {"epochs": 80}, {"epochs": 40}
 # The baselines draw by the ODE, as their data are images, not trajectories: noise 0.001 is as good as none.
 ODE = {"sde_steps": 10, "sde_range": 10, "noise_level": 0.001, **SHORT}
 UPDATES = {
-    "SFT": partial(baseline, sft_loss, [0]),
+    "Flow-GRPO": REAL_UPDATE,
+    "SFT": partial(baseline, sft_loss, slice(None)),
     "RWR": partial(baseline, rwr_loss, slice(None)),
     "Flow-DPO": partial(baseline, dpo_loss, [0, -1]),
 }
 RATES = {"SFT": 1e-3, "RWR": 1e-3, "Flow-DPO": 1e-3}  # by `rates`
 CLAIMS = {
     "gain": {"Flow-GRPO": LONG},
-    # As many of the steps have noise as end at the same time, about .46.
+    # In all of `steps`, the noise ends at about t = .46. Beta is 0 there and in `noise`, because the KL is
+    # divided by std^2 and multiplied by |dt|: one beta would be another penalty in each variant.
     "steps": {
-        f"{n} steps": SHORT | ({"steps": n, "sde_steps": k, "sde_range": k} if n != 10 else {})
+        f"{n} steps": SHORT | {"beta": 0} | ({"steps": n, "sde_steps": k, "sde_range": k} if n != 10 else {})
         for n, k in ((5, 3), (10, 7), (20, 15), (40, 30))
     },
     "kl": {f"beta {b:g}": LONG | ({"beta": b} if b != 0.4 else {}) for b in (0, 0.13, 0.4, 1.2)},
-    "noise": {f"noise {a}": SHORT | ({"noise_level": a} if a != 1 else {}) for a in (0.1, 0.4, 0.7, 1.0)},
+    "noise": {
+        f"noise {a}": SHORT | {"beta": 0} | ({"noise_level": a} if a != 1 else {})
+        for a in (0.1, 0.4, 0.7, 1.0)
+    },
     "group": {
         f"{p} groups of {g}": SHORT | ({"group_size": g, "prompts_per_epoch": p} if g != 16 else {})
         for p, g in ((48, 4), (24, 8), (12, 16), (8, 24))
     },
     "baselines": {
         "Flow-GRPO": SHORT,
-        **{name: ODE | {"update": name, "learning_rate": RATES[name]} for name in UPDATES},
+        **{name: ODE | {"update": name, "learning_rate": rate} for name, rate in RATES.items()},
     },
     "rates": {
         f"{name}, {rate:g}": ODE | {"epochs": 20, "update": name, "learning_rate": rate, "tuning": True}
-        for name in UPDATES
+        for name in RATES
         for rate in (3e-4, 1e-3, 3e-3)
     },
 }
@@ -134,13 +139,9 @@ def folder_of(variant: dict, seed: int, out: Path) -> Path:
     return out / "_".join(f"{name}-{value}" for name, value in sorted(variant.items())) / f"seed-{seed}"
 
 
-def epochs_done(variant: dict, seed: int, out: Path) -> int:
-    folder = folder_of(variant, seed, out)
-    if folder.with_suffix(".json").exists():
-        return variant["epochs"]
+def epochs_done(folder: Path) -> int:
     metrics = folder / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    return json.loads(lines[-1])["epoch"] if lines else 0
+    return max((json.loads(line)["epoch"] for line in metrics.open()), default=0) if metrics.exists() else 0
 
 
 def measure(variant: dict, seed: int, out: Path, progress: tqdm) -> dict:
@@ -149,16 +150,17 @@ def measure(variant: dict, seed: int, out: Path, progress: tqdm) -> dict:
     if (record := folder.with_suffix(".json")).exists():
         return json.loads(record.read_text())
     folder.mkdir(parents=True, exist_ok=True)
-    done, cost = epochs_done(variant, seed, out), variant.get("steps", 10) / 10
+    progress.set_postfix_str(f"{folder.parent.name}, {folder.name}")
+    done = epochs_done(folder)
 
     def log(run, *rest):
         nonlocal done
-        original_log(run, *rest)
-        progress.update(cost * (run.epoch - done))
+        REAL_LOG(run, *rest)
+        progress.update(variant.get("steps", 10) * (run.epoch - done))
         done = run.epoch
 
     flow_grpo.TRAIN_STEPS = flags.pop("steps", 10)
-    flow_grpo.update, flow_grpo.log = UPDATES.get(flags.pop("update", None), original_update), log
+    flow_grpo.update, flow_grpo.log = UPDATES[flags.pop("update", "Flow-GRPO")], log
     if flags.pop("tuning", False):  # Settings are chosen on numbers that are not in prompts.txt.
         flags["eval_prompt_file"] = out / "tuning.txt"
         tuning = (make.PROMPT.format(n) + "\n" for n in make.split_numbers()[2] * 2)
@@ -172,25 +174,24 @@ def measure(variant: dict, seed: int, out: Path, progress: tqdm) -> dict:
         code = flow_grpo.main(argv)
     if code == 130:
         raise KeyboardInterrupt
-    if code:
-        sys.exit((folder / "log.txt").read_text().splitlines()[-1])
-    lines, seconds, points = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()), 0.0, []
-    for m in lines:
+    if code:  # flow_grpo.py alone can't go on with the run as it is here.
+        error = (folder / "log.txt").read_text().splitlines()[-1].split("; to go on")[0]
+        if flow_grpo.DIVERGED not in error:
+            sys.exit(f"{error}; the same command goes on")
+        progress.write(f"{folder}: {error}")
+    seconds, points = 0.0, []
+    for m in map(json.loads, (folder / "metrics.jsonl").open()):
         seconds += m.get("seconds_rollout", 0) + m.get("seconds_update", 0)
         if "eval_reward" in m:
             points.append([m["epoch"], seconds / 60, m["eval_ocr_accuracy"], m["eval_reward"]])
+    text = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    (name, *_) = re.findall("model name.*: (.*)", text) or [platform.machine()]
+    machine = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    result = {"settings": variant | {"seed": seed}, "machine": machine, "points": points, "diverged": code}
     with redirect_stderr(io.StringIO()):
-        judged = {name: value for name, (value, _) in judge(folder).items()}
-    result = {"settings": {**variant, "seed": seed}, "machine": machine(), "points": points, **judged}
-    record.write_text(json.dumps(result, indent=1) + "\n")
+        result |= {name: value for name, (value, _) in judge(folder).items()}
+    flow_grpo.atomic(record, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
     return result
-
-
-def machine() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    name = lines[0].split(": ")[1] if lines else platform.processor()
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 # ---- Tables and figures.
@@ -198,7 +199,7 @@ def minutes_to_goal(result: dict) -> float:
     """When the accuracy crossed GOAL, between evaluations by a straight line; infinite if it never did."""
     for (_, m0, a0, _), (_, m1, a1, _) in zip(result["points"], result["points"][1:]):
         if a1 >= GOAL:
-            return m0 + (m1 - m0) * max(0.0, (GOAL - a0) / (a1 - a0))
+            return m0 + (m1 - m0) * max(0.0, (GOAL - a0) / (a1 - a0)) if a0 < GOAL else m0
     return float("inf")
 
 
@@ -208,46 +209,49 @@ COLUMNS = {
     "spread": lambda r: r["spread"],
     "Fréchet distance": lambda r: r["frechet"],
     "minutes": lambda r: r["points"][-1][1],
-    f"minutes to {GOAL}": minutes_to_goal,
+    f"minutes to accuracy {GOAL}": minutes_to_goal,
 }
 
 
 def cell(values: list[float]) -> str:
-    """Mean (least to most) in three digits."""
-    low, middle, high = (
-        f"{v:.3g}" if v < float("inf") else "never" for v in (min(values), mean(values), max(values))
-    )
-    return middle if low == high else f"{middle} ({low} to {high})"
+    """Mean (least to most) of the finite values in three digits, and how many these are if not all."""
+    finite = [v for v in values if v < float("inf")]
+    low, middle, high = (f"{f(finite):.3g}" if finite else "never" for f in (min, mean, max))
+    share = f", {len(finite)} of {len(values)}" if 0 < len(finite) < len(values) else ""
+    return f"{middle} ({low} to {high}{share})" if low != high or share else middle
 
 
 def table(name: str, results: dict[str, list[dict]], base: dict) -> str:
     lines = [f"| {name} | epochs | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
-    reward = next(iter(results.values()))[0]["points"][0][3]
-    numbers = " | ".join(f"{x:.3g}" for x in (base["exact"], reward, base["spread"], base["frechet"]))
-    lines.append(f"| base model | 0 | {numbers} | | |")
+    for row, label in enumerate(("base model", "real signs")):
+        exact, _, spread, frechet = (f"{numbers[row]:.3g}" for numbers in base.values())
+        lines.append(f"| {label} | | {exact} | | {spread} | {frechet} | | |")
     for label, runs in results.items():
         cells = [cell([column(r) for r in runs]) for column in COLUMNS.values()]
+        label += " (one or more diverged)" if any(r["diverged"] for r in runs) else ""
         lines.append(f"| {label} | {runs[0]['settings']['epochs']} | " + " | ".join(cells) + " |")
     seeds = ", ".join(str(r["settings"]["seed"]) for r in next(iter(results.values())))
     machines = "; ".join(sorted({r["machine"] for runs in results.values() for r in runs}))
-    return "\n".join([*lines, "", f"Mean (least to most) over the seeds {seeds}. {machines}.", ""])
+    note = f"Mean (least to most) over the seeds {seeds}. Minutes are of rollout and update: {machines}."
+    return "\n".join([*lines, "", note, ""])
 
 
-def draw(name: str, results: dict[str, list[dict]], base: dict, axes) -> None:
-    """Accuracy by epoch, or by time for `steps`; for `kl`, against the distance to real signs."""
+def draw(name: str, results: dict[str, list[dict]], base: dict, axes, by_time: bool) -> None:
+    """Accuracy by epoch or time, the mean between the least and the most; for `kl`, against the distance."""
     for label, runs in results.items():
         if name == "kl":
             axes.plot([r["frechet"] for r in runs], [r["exact"] for r in runs], "o", label=label)
             continue
-        x = [mean(r["points"][i][name == "steps"] for r in runs) for i in range(len(runs[0]["points"]))]
-        y = [[r["points"][i][2] for r in runs] for i in range(len(x))]
+        points = list(zip(*(r["points"] for r in runs)))  # of all seeds, evaluation by evaluation
+        x, y = [mean(p[by_time] for p in ps) for ps in points], [[p[2] for p in ps] for ps in points]
         (line,) = axes.plot(x, list(map(mean, y)), "o-", markersize=3, label=label)
         axes.fill_between(x, list(map(min, y)), list(map(max, y)), color=line.get_color(), alpha=0.15)
+    x = "minutes of rollout and update" if by_time else "epoch"
     if name == "kl":
-        axes.plot(base["frechet"], base["exact"], "k*", label="base model")
+        axes.plot(base["frechet"][0], base["exact"][0], "k*", label="base model")
+        x = "Fréchet distance to real signs"
         axes.set_xscale("log")
-    x = {"kl": "Fréchet distance to real signs", "steps": "minutes of rollout and update"}.get(name, "epoch")
-    axes.set(title=name, xlabel=x, ylabel="exact" if name == "kl" else "held-out accuracy")
+    axes.set(title=name, xlabel=x, ylabel="accuracy")
     axes.legend(fontsize=8)
 
 
@@ -260,39 +264,37 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("runs/claims"))
     args = parser.parse_args()
     names = [n for n in CLAIMS if n != "rates"] if args.name == "all" else [args.name]
-    seeds = range(args.first_seed, args.first_seed + args.seeds) if args.name != "rates" else [100]
+    seeds = range(args.first_seed, args.first_seed + max(1, args.seeds)) if args.name != "rates" else [100]
     out = args.output_dir
     out.mkdir(parents=True, exist_ok=True)
-    variants = [v for name in names for v in CLAIMS[name].values()]
-    todo = {folder_of(v, s, out): (v, s) for s in seeds for v in variants}  # each once
-    costs = [v["epochs"] * v.get("steps", 10) / 10 for v, _ in todo.values()]
-    done = sum(epochs_done(v, s, out) * v.get("steps", 10) / 10 for v, s in todo.values())
+    todo = [(v, seed) for seed in seeds for name in names for v in CLAIMS[name].values()]
+    todo = list({folder_of(*run, out): run for run in todo}.values())  # each once
+    total = sum(v["epochs"] * v.get("steps", 10) for v, _ in todo)
+    done = sum(epochs_done(folder_of(v, seed, out)) * v.get("steps", 10) for v, seed in todo)
+    base = out / ("base-rates.json" if args.name == "rates" else "base.json")
     try:
-        with tqdm(total=sum(costs), initial=done, unit="epoch", desc=args.name) as progress:
-            for variant, seed in todo.values():
-                measure(variant, seed, out, progress)
-        if not (base := out / "base.json").exists():
-            folder = folder_of(*next(iter(todo.values())), out)
-            base.write_text(
-                json.dumps({name: value for name, (value, _) in judge(folder, base=True).items()})
-            )
+        with tqdm(total=total, initial=done, unit="step", desc=args.name, smoothing=0) as progress:
+            for run in todo:
+                measure(*run, out, progress)
+        if not base.exists():
+            judged = judge(folder_of(*todo[0], out), base=True)
+            flow_grpo.atomic(base, lambda path: path.write_text(json.dumps(judged)))
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on")
-    base, whole = json.loads(base.read_text()), Figure(figsize=(15, 8), layout="constrained")
+    judged, whole = json.loads(base.read_text()), Figure(figsize=(15, 8), layout="constrained")
     for name, axes in zip(names, whole.subplots(2, 3).flat):
         results = {label: [measure(v, s, out, None) for s in seeds] for label, v in CLAIMS[name].items()}
-        (out / f"{name}.md").write_text(table(name, results, base), encoding="utf-8")
-        print(table(name, results, base))
-        one = Figure(figsize=(6, 4), layout="constrained")
-        for place in (axes, one.subplots()):
-            draw(name, results, base, place)
+        (out / f"{name}.md").write_text(table(name, results, judged), encoding="utf-8")
+        print(table(name, results, judged))
+        one = Figure(figsize=(11, 4), layout="constrained")
+        for by_time, place in enumerate(one.subplots(1, 1 if name == "kl" else 2, squeeze=False).flat):
+            draw(name, results, judged, place, bool(by_time))
+        draw(name, results, judged, axes, name == "steps")
         one.savefig(out / f"{name}.png", dpi=120)
     if args.name == "all":
         whole.savefig(out / "claims.png", dpi=100)
     print(f"Tables and figures are in {out}")
 
-
-original_log, original_update = flow_grpo.log, flow_grpo.update
 
 if __name__ == "__main__":
     main()

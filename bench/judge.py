@@ -4,8 +4,9 @@
     python bench/judge.py runs/<time> --base     the base model, on the same prompts
 
 Draws the run's held-out prompts with the stock diffusers pipeline, by 40 ODE steps, from seeds that the run
-itself has not used. Prints three numbers, with those of real signs (`draw_sign` of make.py) in brackets:
+itself has not used. Prints four numbers, with those of real signs (`draw_sign` of make.py) in brackets:
 exact: the share that PP-OCR reads exactly as asked.
+clean: the share that it reads as three digits, right or wrong.
 spread: the mean distance between two images, whose pixels are averaged 4 x 4.
 frechet: the Frechet distance of 8 x 4 thumbnails to those of four times as many real signs.
 """
@@ -14,6 +15,7 @@ import argparse
 import json
 import logging
 import random
+import re
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -29,12 +31,11 @@ sys.path[:0] = [str(HERE), str(HERE / "tiny-sd3")]
 make, flow_grpo = import_module("make"), import_module("flow_grpo")
 
 
-def exact(images: Tensor, words: list[str]) -> float:
-    """Images [N, 3, H, W] in 0..1; the share whose reading is the word itself."""
+def readings(images: Tensor) -> list[str]:
+    """What PP-OCR reads in images [N, 3, H, W] in 0..1, without spaces."""
     pixels = (images * 255).round().byte().permute(0, 2, 3, 1).flip(-1).numpy()
     engine = flow_grpo.ocr_engine(*pixels.shape[1:3])
-    readings = ["".join(engine(image).txts or ()).replace(" ", "") for image in pixels]
-    return sum(reading == word for reading, word in zip(readings, words)) / len(words)
+    return ["".join(engine(image).txts or ()).replace(" ", "") for image in pixels]
 
 
 def spread(images: Tensor) -> float:
@@ -53,7 +54,7 @@ def frechet(images: Tensor, others: Tensor) -> float:
 def judge(
     run: Path, base: bool = False, count: int = 512, seed: int = 1_000_000
 ) -> dict[str, tuple[float, float]]:
-    """The three numbers of a run's folder, each with that of real signs. `base`: without the run's LoRA."""
+    """The four numbers of a run's folder, each with that of real signs. `base`: without the run's LoRA."""
     config = json.loads((run / "config.json").read_text())
     records = [json.loads(line) for line in (run / "eval_prompts.jsonl").read_text().splitlines()]
     records = [records[i % len(records)] for i in range(count)]
@@ -76,8 +77,14 @@ def judge(
     images, rng = torch.cat(drawn), random.Random(seed)
     signs = [torch.from_numpy(make.draw_sign(word, rng)).permute(2, 0, 1) / 255 for word in words * 5]
     real, others = torch.stack(signs[: len(words)]), torch.stack(signs[len(words) :])
+    read, read_real = readings(images), readings(real)
+
+    def share(holds) -> tuple[float, float]:
+        return tuple(sum(map(holds, texts, words)) / len(words) for texts in (read, read_real))
+
     return {
-        "exact": (exact(images, words), exact(real, words)),
+        "exact": share(lambda text, word: text == word),
+        "clean": share(lambda text, word: bool(re.fullmatch("[0-9]{3}", text))),
         "spread": (spread(images), spread(real)),
         "frechet": (frechet(images, others), frechet(real, others)),
     }

@@ -20,6 +20,10 @@ def test_losses_are_their_closed_forms():
     e, r, total = error.tolist(), ref.tolist(), a.exp().sum(1).tolist()
     weights = [[math.exp(a[p][k]) / total[p] for k in range(4)] for p in rows]
     assert sft_loss(error, None, a).item() == pytest.approx(sum(e[p][best[p]] for p in rows) / 5)
+    ties = torch.tensor([[1.0, -3, 1, 1], [0, 0, 0, 0], *[[5.0, 1, 1, 1]] * 3])
+    chosen = [0, 2, 3], range(4), [0], [0], [0]
+    expected = sum(e[p][k] for p in rows for k in chosen[p]) / 10
+    assert sft_loss(error, None, ties).item() == pytest.approx(expected)
     expected = sum(weights[p][k] * e[p][k] for p in rows for k in range(4)) / 5
     assert rwr_loss(error, None, a).item() == pytest.approx(expected)
     won, lost = ([e[p][i[p]] - r[p][i[p]] for p in rows] for i in (best, worst))
@@ -43,9 +47,9 @@ def run():
     return run
 
 
-@pytest.mark.parametrize("name", claims.UPDATES)
+@pytest.mark.parametrize("name", claims.RATES)
 def test_a_baselines_gradient(run, monkeypatch, name):
-    """Two groups, one update, against the loss restated image by image; equal groups teach nothing."""
+    """Two groups, one update, against the loss restated image by image. DPO needs a difference in a group."""
     generator, net, gradients = torch.Generator().manual_seed(1), run.pipe.transformer, []
     samples = flow_grpo.collect(run, generator)
     rewards = torch.tensor([[0.1, 0.9, 0.4, 0.2], [0.5, 0.3, 0.2, 0.8]])
@@ -86,46 +90,64 @@ def test_a_baselines_gradient(run, monkeypatch, name):
     got, expected = (torch.cat([g.flatten() for g in gradient]) for gradient in (gradients[0], expected))
     assert (got - expected).norm() < 1e-3 * expected.norm()
     columns = {"reward": torch.ones(8)}
-    assert (
-        claims.UPDATES[name](run, samples._replace(columns=columns), generator) == {} and len(gradients) == 1
-    )
+    stats = claims.UPDATES[name](run, samples._replace(columns=columns), generator)
+    assert (len(gradients) == 1 and stats == {}) if name == "Flow-DPO" else len(gradients) == 2
+
+
+def test_minutes_and_cells():
+    result = {"points": [[0, 0.0, 0.6, 0.8], [10, 2.0, 0.8, 0.9], [20, 4.0, 0.9, 0.95]]}
+    assert claims.minutes_to_goal(result) == pytest.approx(3)
+    result["points"][0][2], result["points"][1][2] = 0.9, 0.86
+    assert claims.minutes_to_goal(result) == 0
+    assert claims.minutes_to_goal({"points": [[0, 0, 0.5, 0.5], [1, 1, 0.8, 0.8]]}) == math.inf
+    assert claims.cell([1.0, 3.0, math.inf]) == "2 (1 to 3, 2 of 3)" and claims.cell([math.inf]) == "never"
+    assert claims.cell([0.5, 0.25]) == "0.375 (0.25 to 0.5)" and claims.cell([0.5]) == "0.5"
 
 
 def test_a_claim_from_end_to_end(tmp_path, monkeypatch, capsys):
-    """Interrupted, it goes on. Called once more, it trains nothing. The table is the records'."""
-    variants = {"A": TINY, "5 steps": TINY | {"steps": 5, "sde_steps": 3, "sde_range": 3}}
-    judge, seen = claims.judge, []
-    monkeypatch.setattr(
-        claims, "CLAIMS", {"steps": variants | {"SFT": claims.ODE | TINY | {"update": "SFT"}}}
-    )
-    monkeypatch.setattr(claims, "judge", lambda folder, **how: judge(folder, count=8, **how))
-    monkeypatch.setattr(flow_grpo, "EVAL_STEPS", 2)
-    monkeypatch.setattr(flow_grpo, "TRAIN_STEPS", 10)
-    monkeypatch.setattr(flow_grpo, "update", flow_grpo.update)
-    monkeypatch.setattr(flow_grpo, "log", flow_grpo.log)
-    original = flow_grpo.collect
+    """Interrupted while drawing or judging, it goes on; called once more, it trains nothing; a run that
+    diverges stops no other; the table is the records'."""
+    variants = {
+        "SFT": claims.ODE | TINY | {"update": "SFT"},
+        "A": TINY,
+        "5 steps": TINY | {"steps": 5, "sde_steps": 3, "sde_range": 3},
+        "far": TINY | {"learning_rate": 1e9},
+    }
+    original, judge, collected, judged = flow_grpo.collect, claims.judge, [], []
 
     def collect(run, *args):
-        seen.append(run.config.output_dir)
-        if len(seen) == 4:
+        collected.append(run.config.output_dir)
+        if len(collected) == 4:
             raise KeyboardInterrupt
         return original(run, *args)
 
+    def quick_judge(folder, **how):
+        judged.append(folder)
+        if len(judged) == 1:
+            raise KeyboardInterrupt
+        return judge(folder, count=8, **how)
+
+    for name in ("TRAIN_STEPS", "update", "log"):  # The command sets them.
+        monkeypatch.setattr(flow_grpo, name, getattr(flow_grpo, name))
+    train, held_out = ([{"prompt": f'a sign that says "{n}{k}"'} for k in range(8)] for n in (12, 34))
+    monkeypatch.setattr(flow_grpo, "split_prompts", lambda *_: (train, held_out))
+    monkeypatch.setattr(flow_grpo, "EVAL_STEPS", 2)
     monkeypatch.setattr(flow_grpo, "collect", collect)
+    monkeypatch.setattr(claims, "judge", quick_judge)
+    monkeypatch.setattr(claims, "CLAIMS", {"steps": variants})
     monkeypatch.setattr(sys, "argv", ["claims.py", "steps", "--seeds", "1", "--output-dir", str(tmp_path)])
-    with pytest.raises(SystemExit, match="the same command goes on"):
-        claims.main()
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="the same command goes on"):
+            claims.main()
     claims.main()
-    assert len(seen) == 7  # two epochs of each variant, and the one that was cut short
+    counts = len(collected), len(judged)
     claims.main()
-    assert len(seen) == 7 and (tmp_path / "steps.png").stat().st_size > 5000
-    records = [json.loads(path.read_text()) for path in tmp_path.glob("*/seed-0.json")]
+    assert counts == (len(collected), len(judged)) and (tmp_path / "steps.png").stat().st_size > 5000
     text = (tmp_path / "steps.md").read_text()
-    assert len(records) == 3 and text in capsys.readouterr().out
-    for r in records:
-        assert [p[0] for p in r["points"]] == [
-            0,
-            1,
-            2,
-        ] and f" {r['spread']:.3g} | {r['frechet']:.3g} |" in text
-    assert {len(json.loads((tmp_path / "base.json").read_text()))} == {3}
+    assert text in capsys.readouterr().out and "| far (one or more diverged) |" in text
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("*/seed-0.json")]
+    assert len(records) == 4 and sorted(r["diverged"] for r in records) == [0, 0, 0, 2]
+    for r in (r for r in records if not r["diverged"]):
+        assert [point[0] for point in r["points"]] == [0, 1, 2]
+        assert f" {r['spread']:.3g} | {r['frechet']:.3g} |" in text
+    assert list(json.loads((tmp_path / "base.json").read_text())) == ["exact", "clean", "spread", "frechet"]
