@@ -491,7 +491,7 @@ def load_rewards(text: str) -> list[tuple[str, float, Callable, Callable]]:
                 module = run_path(path if ":" in source else HERE / "rewards" / path, run_name=name)
                 functions = module[function], module.get("check", lambda record: None)
         except (Exception, SystemExit) as e:
-            known = "give ocr, path/to/file.py:function, or a file of the project's rewards/ by its name"
+            known = "give ocr, path/to/file.py:function, or geneval, pickscore or clipscore of rewards/"
             raise UserError(f"the reward '{part.strip()}' can't be loaded: {why(e)}; {known}") from e
         rewards.append((name, float(weight or 1), *functions))
     return rewards
@@ -580,10 +580,10 @@ def settings(**given) -> SimpleNamespace:
 
 def read_prompts(path: str, rewards: list[tuple]) -> list[dict]:
     """A prompt file's records, which the rewards can judge. Raises UserError naming the file and the line."""
-    number, records = 0, []
+    place, records = path, []
     try:
-        for line in Path(path).read_text(encoding="utf-8-sig").split("\n"):
-            if (number := number + 1) and line.strip():
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1):
+            if line.strip() and (place := f"{path}, line {number}"):
                 record = json.loads(line) if path.lower().endswith(".jsonl") else {"prompt": line.strip()}
                 prompt = record.get("prompt") if isinstance(record, dict) else None
                 if not isinstance(prompt, str) or b"\0" in prompt.encode():
@@ -594,7 +594,7 @@ def read_prompts(path: str, rewards: list[tuple]) -> list[dict]:
         if not records:
             raise ValueError("it has no prompts")
     except Exception as e:  # A reward's check may raise any.
-        raise UserError(f"can't use the prompt file {path}, line {number}: {e}; mend or replace it") from e
+        raise UserError(f"can't use the prompt file {place}: {e}; mend it, or give another") from e
     return records
 
 
@@ -695,12 +695,12 @@ def configure(argv: list[str] | None) -> tuple[SimpleNamespace, dict | None]:
         except Exception as e:  # torch raises many kinds.
             raise UserError(f"{checkpoint} is damaged: {why(e)}; put back a copy, or start a new run") from e
         for n in [n for n in given if n not in MAY_CHANGE and given[n] != before.get(n)]:
-            raise UserError(f"{n} was {before.get(n)} in {out}: leave that flag out, or start a new run")
+            raise UserError(f"--{n.replace('_', '-')} was {before.get(n)} in {out}: omit it, or start anew")
         print(f"Resuming the run in {out}: {state['epoch']} epochs are done.")
         return settings(**before | given), state
-    if not given.get("prompt_file"):
-        where = f"there is no run in {out}: check the path, or" if resume else "there are no prompts:"
-        raise UserError(f"{where} give a file, as in --prompt-file prompts.txt")
+    if resume or not given.get("prompt_file"):
+        none = "there are no prompts: give a file, as in --prompt-file prompts.txt"
+        raise UserError(f"there is no run in {out}: check the path" if resume else none)
     if not given.get("model"):
         given["model"] = SD35 if torch.cuda.is_available() else str(HERE / "tiny-sd3")
         print(f"Training {given['model']}" + ", as there is no CUDA GPU." * (given["model"] != SD35))

@@ -522,10 +522,10 @@ def test_resume_can_prolong_a_run_but_not_change_it(model, work, capsys):
     same_run(model, "long")
     before = {p: p.read_bytes() for p in Path("long").rglob("*") if p.is_file()}
     fails(arguments(model, "long"), capsys, "long holds another run", "--output-dir", "--resume long")
-    fails(["--resume=long", "--learning-rate=3"], capsys, "learning_rate was 0.01 in long")
-    fails(["--resume=long", "--prompt-file=other.txt"], capsys, "prompt_file was prompts.txt in long")
+    fails(["--resume=long", "--learning-rate=3"], capsys, "--learning-rate was 0.01 in long")
+    fails(["--resume=long", "--prompt-file=other.txt"], capsys, "--prompt-file was prompts.txt in long")
     fails(["--resume=long", f"--model={HERE / 'tiny-sd3'}"], capsys, "doesn't fit", "--model")
-    fails(["--resume=nowhere"], capsys, "there is no run in nowhere", "--prompt-file")
+    fails(["--resume=nowhere"], capsys, "there is no run in nowhere", "path")
     data, path = before[Path("long/checkpoint.pt")], Path("long/checkpoint.pt")
     half = len(data) // 2
     for damaged in (data[:half], data[:half] + bytes([data[half] ^ 1]) + data[half + 1 :], b""):
