@@ -265,16 +265,16 @@ def main() -> None:
     args = parser.parse_args()
     names = [n for n in CLAIMS if n != "rates"] if args.name == "all" else [args.name]
     seeds = range(args.first_seed, args.first_seed + max(1, args.seeds)) if args.name != "rates" else [100]
-    out = args.output_dir
-    out.mkdir(parents=True, exist_ok=True)
+    (out := args.output_dir).mkdir(parents=True, exist_ok=True)
     todo = [(v, seed) for seed in seeds for name in names for v in CLAIMS[name].values()]
     todo = list({folder_of(*run, out): run for run in todo}.values())  # each once
-    total = sum(v["epochs"] * v.get("steps", 10) for v, _ in todo)
-    done = sum(epochs_done(folder_of(v, seed, out)) * v.get("steps", 10) for v, seed in todo)
+    left = [run for run in todo if not folder_of(*run, out).with_suffix(".json").exists()]
+    total = sum(v["epochs"] * v.get("steps", 10) for v, _ in left)
+    done = sum(epochs_done(folder_of(v, seed, out)) * v.get("steps", 10) for v, seed in left)
     base = out / ("base-rates.json" if args.name == "rates" else "base.json")
     try:
         with tqdm(total=total, initial=done, unit="step", desc=args.name, smoothing=0) as progress:
-            for run in todo:
+            for run in left:
                 measure(*run, out, progress)
         if not base.exists():
             judged = judge(folder_of(*todo[0], out), base=True)
