@@ -130,7 +130,7 @@ CLAIMS = {
     "rates": {
         f"{name}, {rate:g}": ODE | {"epochs": 20, "update": name, "learning_rate": rate, "tuning": True}
         for name in RATES
-        for rate in (3e-4, 1e-3, 3e-3)
+        for rate in (3e-4, 1e-3, 3e-3, 1e-2)
     },
 }
 
