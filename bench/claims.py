@@ -52,7 +52,7 @@ def rwr_loss(error: Tensor, ref_error: Tensor | None, advantages: Tensor) -> Ten
 
 
 def dpo_loss(error: Tensor, ref_error: Tensor, advantages: Tensor, beta: float = 100) -> Tensor:
-    """Flow-DPO (Liu et al., arXiv 2501.13918): a group's best image against its worst. Beta is theirs."""
+    """Flow-DPO (arXiv 2501.13918): a group's best image against its worst. Beta as in yifan123/flow_grpo."""
     gain = ref_error - error
     best, worst = (gain.gather(1, f(1, keepdim=True)) for f in (advantages.argmax, advantages.argmin))
     return -F.logsigmoid(beta / 2 * (best - worst)).mean()
@@ -69,8 +69,7 @@ def baseline(loss_of: Callable, ranks, run, samples, generator: torch.Generator)
     everything = samples.latents[:, -1].unflatten(0, advantages.shape)
 
     def error(x: Tensor, t: float, target: Tensor, text) -> Tensor:
-        known = x.flatten(0, 1), t, text, run.null_text, config.guidance_scale
-        velocity = flow_grpo.predict_velocity(network, *known)
+        velocity = flow_grpo.velocity_along(run, [t], text)(x.flatten(0, 1), 0)
         return ((velocity - target.flatten(0, 1)) ** 2).mean((1, 2, 3)).view(x.shape[:2])
 
     for group in (g for g in groups.tensor_split(config.updates_per_epoch) if len(g)):
@@ -95,7 +94,7 @@ def baseline(loss_of: Callable, ranks, run, samples, generator: torch.Generator)
     return {name: mean(s[name] for s in stats if name in s) for name in stats[-1]} if stats else {}
 
 
-# ---- The variants of each claim: the settings that differ from the default run's. `epochs` is the length.
+# ---- The variants of each claim: the settings in which they differ. `steps` is flow_grpo.TRAIN_STEPS.
 LONG, SHORT = {"epochs": 80}, {"epochs": 40}
 # The baselines draw by the ODE, as their data are images, not trajectories: noise 0.001 is as good as none.
 ODE = {"sde_steps": 10, "sde_range": 10, "noise_level": 0.001, **SHORT}
@@ -111,16 +110,13 @@ CLAIMS = {
     # In all of `steps`, the noise ends at about t = .46. Beta is 0 there and in `noise`, because the KL is
     # divided by std^2 and multiplied by |dt|: one beta would be another penalty in each variant.
     "steps": {
-        f"{n} steps": SHORT | {"beta": 0} | ({"steps": n, "sde_steps": k, "sde_range": k} if n != 10 else {})
+        f"{n} steps": SHORT | {"beta": 0, "steps": n, "sde_steps": k, "sde_range": k}
         for n, k in ((5, 3), (10, 7), (20, 15), (40, 30))
     },
-    "kl": {f"beta {b:g}": LONG | ({"beta": b} if b != 0.4 else {}) for b in (0, 0.13, 0.4, 1.2)},
-    "noise": {
-        f"noise {a}": SHORT | {"beta": 0} | ({"noise_level": a} if a != 1 else {})
-        for a in (0.1, 0.4, 0.7, 1.0)
-    },
+    "kl": {f"beta {b:g}": LONG | {"beta": b} for b in (0, 0.13, 0.4, 1.2)},
+    "noise": {f"noise {a}": SHORT | {"beta": 0, "noise_level": a} for a in (0.1, 0.4, 0.7, 1.0)},
     "group": {
-        f"{p} groups of {g}": SHORT | ({"group_size": g, "prompts_per_epoch": p} if g != 16 else {})
+        f"{p} groups of {g}": SHORT | {"group_size": g, "prompts_per_epoch": p}
         for p, g in ((48, 4), (24, 8), (12, 16), (8, 24))
     },
     "baselines": {
@@ -136,7 +132,10 @@ CLAIMS = {
 
 
 def folder_of(variant: dict, seed: int, out: Path) -> Path:
-    return out / "_".join(f"{name}-{value}" for name, value in sorted(variant.items())) / f"seed-{seed}"
+    """Named by the length and by what isn't the embedded model's default, so that equal variants share it."""
+    defaults = {name: row[1] for name, row in flow_grpo.SETTINGS.items() if name != "epochs"} | {"steps": 10}
+    changed = sorted((name, value) for name, value in variant.items() if value != defaults.get(name))
+    return out / "_".join(f"{name}-{value}" for name, value in changed) / f"seed-{seed}"
 
 
 def epochs_done(folder: Path) -> int:
