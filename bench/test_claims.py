@@ -47,7 +47,7 @@ def run():
     return run
 
 
-@pytest.mark.parametrize("name", claims.RATES)
+@pytest.mark.parametrize("name", ["SFT", "RWR", "Flow-DPO"])
 def test_a_baselines_gradient(run, monkeypatch, name):
     """Two groups, one update, against the loss restated image by image. DPO needs a difference in a group."""
     generator, net, gradients = torch.Generator().manual_seed(1), run.pipe.transformer, []
@@ -148,6 +148,6 @@ def test_a_claim_from_end_to_end(tmp_path, monkeypatch, capsys):
     records = [json.loads(path.read_text()) for path in tmp_path.glob("*/seed-0.json")]
     assert len(records) == 4 and sorted(r["diverged"] for r in records) == [0, 0, 0, 2]
     for r in (r for r in records if not r["diverged"]):
-        assert [point[0] for point in r["points"]] == [0, 1, 2]
+        assert [point[0] for point in r["points"]] == [0, 2]
         assert f" {r['spread']:.3g} | {r['frechet']:.3g} |" in text
     assert list(json.loads((tmp_path / "base.json").read_text())) == ["exact", "clean", "spread", "frechet"]
