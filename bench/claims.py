@@ -247,12 +247,10 @@ def draw(name: str, results: dict[str, list[dict]], base: dict, axes, by_time: b
         x, y = [mean(p[by_time] for p in ps) for ps in points], [[p[2] for p in ps] for ps in points]
         (line,) = axes.plot(x, list(map(mean, y)), "o-", markersize=3, label=label)
         axes.fill_between(x, list(map(min, y)), list(map(max, y)), color=line.get_color(), alpha=0.15)
-    x = "minutes of rollout and update" if by_time else "epoch"
+    axes.set(title=name, xlabel="minutes of rollout and update" if by_time else "epoch", ylabel="accuracy")
     if name == "kl":
         axes.plot(base["frechet"][0], base["exact"][0], "k*", label="base model")
-        x = "Fréchet distance to real signs"
-        axes.set_xscale("log")
-    axes.set(title=name, xlabel=x, ylabel="accuracy")
+        axes.set(xlabel="Fréchet distance to real signs", ylabel="exact")
     axes.legend(fontsize=8)
 
 
