@@ -95,7 +95,7 @@ def baseline(loss_of: Callable, ranks, run, samples, generator: torch.Generator)
 
 
 # ---- The variants of each claim: the settings in which they differ. `steps` is flow_grpo.TRAIN_STEPS.
-LONG, SHORT = {"epochs": 60}, {"epochs": 25}
+LONG, SHORT = {"epochs": 60, "eval_every": 10}, {"epochs": 25, "eval_every": 5}
 # The baselines draw by the ODE, as their data are images, not trajectories: noise 0.001 is as good as none.
 ODE = {"sde_steps": 10, "sde_range": 10, "noise_level": 0.001}
 UPDATES = {
@@ -125,7 +125,7 @@ CLAIMS = {
         "Flow-GRPO, beta 0": SHORT | {"beta": 0},
     },
     "rates": {
-        f"{name}, {rate:g}": settings | {"epochs": 20, "learning_rate": rate, "tuning": True}
+        f"{name}, {rate:g}": settings | SHORT | {"epochs": 20, "learning_rate": rate, "tuning": True}
         for name, settings in METHODS.items()
         for rate in (3e-4, 1e-3, 3e-3, 1e-2)
     },
@@ -133,10 +133,11 @@ CLAIMS = {
 
 
 def folder_of(variant: dict, seed: int, out: Path) -> Path:
-    """Named by the length and by what isn't the embedded model's default, so that equal variants share it."""
+    """Named by the length and by what isn't the embedded model's default, so that equal variants share it.
+    How often a run is evaluated changes nothing in it."""
     defaults = {name: row[1] for name, row in flow_grpo.SETTINGS.items() if name != "epochs"} | {"steps": 10}
-    changed = sorted((name, value) for name, value in variant.items() if value != defaults.get(name))
-    return out / "_".join(f"{name}-{value}" for name, value in changed) / f"seed-{seed}"
+    changed = sorted(name for name in variant.keys() - {"eval_every"} if variant[name] != defaults.get(name))
+    return out / "_".join(f"{name}-{variant[name]}" for name in changed) / f"seed-{seed}"
 
 
 def epochs_done(folder: Path) -> int:
@@ -166,7 +167,6 @@ def measure(variant: dict, seed: int, out: Path, progress: tqdm) -> dict:
         tuning = (make.PROMPT.format(n) + "\n" for n in make.split_numbers()[2] * 2)
         flags["eval_prompt_file"].write_text("".join(tuning), encoding="utf-8")
     flags |= dict(model=HERE / "tiny-sd3", prompt_file=HERE / "prompts.txt", output_dir=folder, seed=seed)
-    flags["eval_every"] = max(5, flags["epochs"] // 6)
     argv = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
     if (folder / "checkpoint.pt").exists():
         argv = ["--resume", str(folder)]

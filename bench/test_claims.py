@@ -9,7 +9,7 @@ import pytest
 import torch
 from claims import dpo_loss, flow_grpo, rwr_loss, sft_loss
 
-TINY = {"epochs": 2, "prompts_per_epoch": 2, "group_size": 4, "batch_size": 8}
+TINY = {"epochs": 2, "prompts_per_epoch": 2, "group_size": 4, "batch_size": 8, "eval_every": 1}
 
 
 def test_losses_are_their_closed_forms():
@@ -148,6 +148,6 @@ def test_a_claim_from_end_to_end(tmp_path, monkeypatch, capsys):
     records = [json.loads(path.read_text()) for path in tmp_path.glob("*/seed-0.json")]
     assert len(records) == 4 and sorted(r["diverged"] for r in records) == [0, 0, 0, 2]
     for r in (r for r in records if not r["diverged"]):
-        assert [point[0] for point in r["points"]] == [0, 2]
+        assert [point[0] for point in r["points"]] == [0, 1, 2]
         assert f" {r['spread']:.3g} | {r['frechet']:.3g} |" in text
     assert list(json.loads((tmp_path / "base.json").read_text())) == ["exact", "clean", "spread", "frechet"]
