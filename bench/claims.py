@@ -2,9 +2,8 @@
 
     python bench/claims.py NAME     gain, steps, kl, noise, group, baselines; rates, or all but rates
 
-trains each variant of a claim with `--seeds` seeds, and writes a table (mean, least and most over the seeds)
-and a figure: NAME.md and NAME.png in OUTPUT_DIR. Interrupted, the same command goes on. A variant that two
-claims share is trained once. A folder is for one version of the code, and for one command at a time.
+trains each variant with `--seeds` seeds, and writes a table (mean, least and most) and a figure, NAME.md and
+NAME.png in OUTPUT_DIR. Interrupted, the same command goes on. A folder is for one version of the code.
 
 gain       reinforcement learning raises text accuracy
 steps      rollouts of 10 steps do as well as those of 40, and are faster
@@ -41,7 +40,7 @@ REAL_UPDATE, REAL_LOG = flow_grpo.update, flow_grpo.log
 # ---- The baselines' losses, on P groups with K images each. `error` is each image's flow-matching error, the
 # mean of (velocity - (noise - image))^2 over its elements, `ref_error` that of the base model: both [P, K].
 def sft_loss(error: Tensor, ref_error: Tensor | None, advantages: Tensor) -> Tensor:
-    """Supervised fine-tuning on the best images of each group: all that tie for it."""
+    """Supervised fine-tuning on all that tie for a group's best image, as in the authors' code."""
     best = (advantages == advantages.amax(1, keepdim=True)).float()
     return (best * error).sum() / best.sum()
 
@@ -105,11 +104,11 @@ UPDATES = {
     "Flow-DPO": partial(baseline, dpo_loss, [0, -1]),
 }
 METHODS = {name: {} if name == "Flow-GRPO" else ODE | {"update": name} for name in UPDATES}
-RATES = {"Flow-GRPO": 3e-3, "SFT": 1e-2, "RWR": 3e-3, "Flow-DPO": 3e-3}  # by `rates`
+RATES = {"Flow-GRPO": 1e-2, "SFT": 1e-2, "RWR": 3e-3, "Flow-DPO": 3e-3}  # the most accurate in `rates`
 CLAIMS = {
     "gain": {"Flow-GRPO": LONG},
-    # In all of `steps`, the noise ends at about t = .46. Beta is 0 there and in `noise`, because the KL is
-    # divided by std^2 and multiplied by |dt|: one beta would be another penalty in each variant.
+    # In all of `steps`, the noise ends between t = .45 and .5. Beta is 0 there and in `noise`, because the KL
+    # is divided by std^2 and multiplied by |dt|: one beta would be another penalty in each variant.
     "steps": {
         f"{n} steps": SHORT | {"beta": 0, "steps": n, "sde_steps": k, "sde_range": k}
         for n, k in ((5, 3), (10, 7), (20, 15), (40, 30))
@@ -121,8 +120,9 @@ CLAIMS = {
         for p, g in ((48, 4), (24, 8), (12, 16), (8, 24))
     },
     "baselines": {
-        **{name: METHODS[name] | SHORT | {"learning_rate": rate} for name, rate in RATES.items()},
+        "Flow-GRPO, default": SHORT,
         "Flow-GRPO, beta 0": SHORT | {"beta": 0},
+        **{name: METHODS[name] | SHORT | {"learning_rate": rate} for name, rate in RATES.items()},
     },
     "rates": {
         f"{name}, {rate:g}": settings | SHORT | {"epochs": 20, "learning_rate": rate, "tuning": True}
@@ -133,8 +133,7 @@ CLAIMS = {
 
 
 def folder_of(variant: dict, seed: int, out: Path) -> Path:
-    """Named by the length and by what isn't the embedded model's default, so that equal variants share it.
-    How often a run is evaluated changes nothing in it."""
+    """Named by what tells runs apart: the length, and what isn't the embedded model's default."""
     defaults = {name: row[1] for name, row in flow_grpo.SETTINGS.items() if name != "epochs"} | {"steps": 10}
     changed = sorted(name for name in variant.keys() - {"eval_every"} if variant[name] != defaults.get(name))
     return out / "_".join(f"{name}-{variant[name]}" for name in changed) / f"seed-{seed}"
@@ -185,7 +184,7 @@ def measure(variant: dict, seed: int, out: Path, progress: tqdm) -> dict:
         if "eval_reward" in m:
             points.append([m["epoch"], seconds / 60, m["eval_ocr_accuracy"], m["eval_reward"]])
     text = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    (name, *_) = re.findall("model name.*: (.*)", text) or [platform.machine()]
+    name = (re.findall("model name.*: (.*)", text) or [platform.machine()])[0]
     machine = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     result = {"settings": variant | {"seed": seed}, "machine": machine, "points": points, "diverged": code}
     with redirect_stderr(io.StringIO()):
@@ -224,33 +223,36 @@ def cell(values: list[float]) -> str:
 
 def table(name: str, results: dict[str, list[dict]], base: dict) -> str:
     lines = [f"| {name} | epochs | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
-    for row, label in enumerate(("base model", "real signs")):
-        exact, _, spread, frechet = (f"{numbers[row]:.3g}" for numbers in base.values())
-        lines.append(f"| {label} | | | | {exact} | {spread} | {frechet} | | |")
+    _, _, *start = next(iter(results.values()))[0]["points"][0]
+    for row, (label, known) in enumerate({"base model": start, "real signs": ["", ""]}.items()):
+        cells = [*known, *(base[key][row] for key in ("exact", "spread", "frechet")), "", ""]
+        lines.append(f"| {label} | | " + " | ".join(f"{c:.3g}" if c else c for c in cells) + " |")
     for label, runs in results.items():
         cells = [cell([column(r) for r in runs]) for column in COLUMNS.values()]
         label += " (one or more diverged)" if any(r["diverged"] for r in runs) else ""
         lines.append(f"| {label} | {runs[0]['settings']['epochs']} | " + " | ".join(cells) + " |")
     seeds = ", ".join(str(r["settings"]["seed"]) for r in next(iter(results.values())))
     machines = "; ".join(sorted({r["machine"] for runs in results.values() for r in runs}))
-    note = f"Mean (least to most) over the seeds {seeds}. Minutes are of rollout and update: {machines}."
+    note = f"Mean (least to most) over seeds {seeds}. Minutes are of rollout and update: {machines}."
     return "\n".join([*lines, "", note, ""])
 
 
-def draw(name: str, results: dict[str, list[dict]], base: dict, axes, by_time: bool) -> None:
-    """Accuracy by epoch or time, the mean between the least and the most; for `kl`, against the distance."""
+def draw(name: str, results: dict[str, list[dict]], base: dict, axes, second: bool) -> None:
+    """Accuracy by epoch (second: time), the mean between least and most; without runs that diverged. For
+    `kl`, exact (second: spread) against the Fréchet distance, one point a run."""
+    across, up = "minutes of rollout and update" if second else "epoch", "accuracy"
+    if name == "kl":
+        across, up = "Fréchet distance to real signs", "spread" if second else "exact"
+        axes.plot(base["frechet"], base[up], "k*", label="base model, real signs above it")
     for label, runs in results.items():
         if name == "kl":
-            axes.plot([r["frechet"] for r in runs], [r["exact"] for r in runs], "o", label=label)
+            axes.plot([r["frechet"] for r in runs], [r[up] for r in runs], "o", label=label)
             continue
-        points = list(zip(*(r["points"] for r in runs)))  # of all seeds, evaluation by evaluation
-        x, y = [mean(p[by_time] for p in ps) for ps in points], [[p[2] for p in ps] for ps in points]
+        points = list(zip(*(r["points"] for r in runs if not r["diverged"])))  # evaluation by evaluation
+        x, y = [mean(p[second] for p in ps) for ps in points], [[p[2] for p in ps] for ps in points]
         (line,) = axes.plot(x, list(map(mean, y)), "o-", markersize=3, label=label)
         axes.fill_between(x, list(map(min, y)), list(map(max, y)), color=line.get_color(), alpha=0.15)
-    axes.set(title=name, xlabel="minutes of rollout and update" if by_time else "epoch", ylabel="accuracy")
-    if name == "kl":
-        axes.plot(base["frechet"][0], base["exact"][0], "k*", label="base model")
-        axes.set(xlabel="Fréchet distance to real signs", ylabel="exact")
+    axes.set(title=name, xlabel=across, ylabel=up)
     axes.legend(fontsize=8)
 
 
@@ -280,15 +282,15 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on")
     judged, whole = json.loads(base.read_text()), Figure(figsize=(15, 8), layout="constrained")
-    for name, axes in zip(names, whole.subplots(2, 3).flat):
+    for name, axes in zip(names, whole.subplots(2, 3, sharey=True).flat):
         results = {label: [measure(v, s, out, None) for s in seeds] for label, v in CLAIMS[name].items()}
         (out / f"{name}.md").write_text(table(name, results, judged), encoding="utf-8")
         print(table(name, results, judged))
         one = Figure(figsize=(11, 4), layout="constrained")
-        for by_time, place in enumerate(one.subplots(1, 1 if name == "kl" else 2, squeeze=False).flat):
-            draw(name, results, judged, place, bool(by_time))
-        draw(name, results, judged, axes, name == "steps")
+        for second, place in enumerate(one.subplots(1, 2)):
+            draw(name, results, judged, place, bool(second))
         one.savefig(out / f"{name}.png", dpi=120)
+        draw(name, results, judged, axes, name == "steps")
     if args.name == "all":
         whole.savefig(out / "claims.png", dpi=100)
     print(f"Tables and figures are in {out}")

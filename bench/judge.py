@@ -3,8 +3,8 @@
     python bench/judge.py runs/<time>            the trained LoRA
     python bench/judge.py runs/<time> --base     the base model, on the same prompts
 
-Draws the run's held-out prompts with the stock diffusers pipeline, by 40 ODE steps, from seeds that the run
-itself has not used. Prints four numbers, with those of real signs (`draw_sign` of make.py) in brackets:
+Draws the run's held-out prompts with the stock diffusers pipeline, by 40 ODE steps, from other seeds than the
+run's evaluations. Prints four numbers, with those of real signs (`draw_sign` of make.py) in brackets:
 exact: the share that PP-OCR reads exactly as asked.
 clean: the share that it reads as three digits, right or wrong.
 spread: the mean distance between two images, whose pixels are averaged 4 x 4.
@@ -74,7 +74,7 @@ def judge(
                 prompts, num_inference_steps=flow_grpo.EVAL_STEPS, generator=seeds, output_type="pt", **size
             ).images
         )
-    images, rng = torch.cat(drawn), random.Random(seed)
+    images, rng = torch.cat(drawn).nan_to_num(), random.Random(seed)
     signs = [torch.from_numpy(make.draw_sign(word, rng)).permute(2, 0, 1) / 255 for word in words * 5]
     real, others = torch.stack(signs[: len(words)]), torch.stack(signs[len(words) :])
     read, read_real = readings(images), readings(real)
