@@ -74,7 +74,7 @@ def judge(
                 prompts, num_inference_steps=flow_grpo.EVAL_STEPS, generator=seeds, output_type="pt", **size
             ).images
         )
-    images, rng = torch.cat(drawn).nan_to_num(), random.Random(seed)
+    images, rng = torch.cat(drawn), random.Random(seed)
     signs = [torch.from_numpy(make.draw_sign(word, rng)).permute(2, 0, 1) / 255 for word in words * 5]
     real, others = torch.stack(signs[: len(words)]), torch.stack(signs[len(words) :])
     read, read_real = readings(images), readings(real)
