@@ -120,9 +120,9 @@ CLAIMS = {
         for p, g in ((48, 4), (24, 8), (12, 16), (8, 24))
     },
     "baselines": {
-        "Flow-GRPO, default": SHORT,
-        "Flow-GRPO, beta 0": SHORT | {"beta": 0},
-        **{name: METHODS[name] | SHORT | {"learning_rate": rate} for name, rate in RATES.items()},
+        **{f"{m}, {rate:g}": METHODS[m] | SHORT | {"learning_rate": rate} for m, rate in RATES.items()},
+        "Flow-GRPO, 0.003 (the default)": SHORT,
+        "Flow-GRPO, 0.003, beta 0": SHORT | {"beta": 0},
     },
     "rates": {
         f"{name}, {rate:g}": settings | SHORT | {"epochs": 20, "learning_rate": rate, "tuning": True}
