@@ -226,7 +226,7 @@ def table(name: str, results: dict[str, list[dict]], base: dict) -> str:
     _, _, *start = next(iter(results.values()))[0]["points"][0]
     for row, (label, known) in enumerate({"base model": start, "real signs": ["", ""]}.items()):
         cells = [*known, *(base[key][row] for key in ("exact", "spread", "frechet")), "", ""]
-        lines.append(f"| {label} | | " + " | ".join(f"{c:.3g}" if c else c for c in cells) + " |")
+        lines.append(f"| {label} | | " + " | ".join("" if c == "" else f"{c:.3g}" for c in cells) + " |")
     for label, runs in results.items():
         cells = [cell([column(r) for r in runs]) for column in COLUMNS.values()]
         label += " (one or more diverged)" if any(r["diverged"] for r in runs) else ""
