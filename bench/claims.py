@@ -127,7 +127,7 @@ CLAIMS = {
     "rates": {
         f"{name}, {rate:g}": settings | SHORT | {"epochs": 20, "learning_rate": rate, "tuning": True}
         for name, settings in METHODS.items()
-        for rate in (3e-4, 1e-3, 3e-3, 1e-2)
+        for rate in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     },
 }
 
