@@ -1,9 +1,9 @@
 """The paper's claims about Flow-GRPO, tried on the embedded model.
 
-    python bench/claims.py NAME     gain, steps, kl, noise, group, baselines; rates, or all but rates
+    python bench/claims.py NAME     gain, steps, kl, noise, group, baselines, all of these; or rates
 
 trains each variant with `--seeds` seeds, and writes a table (mean, least and most) and a figure, NAME.md and
-NAME.png in OUTPUT_DIR. Interrupted, the same command goes on. A folder is for one version of the code.
+NAME.png in OUTPUT_DIR. Interrupted, the same command goes on. After a change of the code, take a new folder.
 
 gain       reinforcement learning raises text accuracy
 steps      rollouts of 10 steps do as well as those of 40, and are faster
@@ -59,7 +59,7 @@ def dpo_loss(error: Tensor, ref_error: Tensor, advantages: Tensor, beta: float =
 
 def baseline(loss_of: Callable, ranks, run, samples, generator: torch.Generator) -> dict[str, float]:
     """In place of flow_grpo.update, on the images of these ranks in each group, the best being the first.
-    There are as many optimiser steps as there, and an image is seen at as many times."""
+    It takes as many optimiser steps, and sees each of these images at 7 times."""
     config, network, stats = run.config, run.pipe.transformer, []
     on = {"generator": generator, "device": run.device}
     advantages = flow_grpo.group_advantages(samples.columns["reward"].view(-1, config.group_size))
@@ -104,7 +104,7 @@ UPDATES = {
     "Flow-DPO": partial(baseline, dpo_loss, [0, -1]),
 }
 METHODS = {name: {} if name == "Flow-GRPO" else ODE | {"update": name} for name in UPDATES}
-RATES = {"Flow-GRPO": 1e-2, "SFT": 1e-2, "RWR": 3e-3, "Flow-DPO": 3e-3}  # the most accurate in `rates`
+RATES = {"Flow-GRPO": 1e-2, "SFT": 1e-2, "RWR": 3e-3, "Flow-DPO": 3e-3}  # the highest exact share in `rates`
 CLAIMS = {
     "gain": {"Flow-GRPO": LONG},
     # In all of `steps`, the noise ends between t = .45 and .5. Beta is 0 there and in `noise`, because the KL
@@ -243,7 +243,7 @@ def draw(name: str, results: dict[str, list[dict]], base: dict, axes, second: bo
     across, up = "minutes of rollout and update" if second else "epoch", "accuracy"
     if name == "kl":
         across, up = "Fréchet distance to real signs", "spread" if second else "exact"
-        axes.plot(base["frechet"], base[up], "k*", label="base model, real signs above it")
+        axes.plot([base["frechet"]], [base[up]], "*", label=["base model", "real signs"])
     for label, runs in results.items():
         if name == "kl":
             axes.plot([r["frechet"] for r in runs], [r[up] for r in runs], "o", label=label)
@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("name", choices=[*CLAIMS, "all"])
     parser.add_argument("--seeds", type=int, default=3, help="how many (rates: 1, from seed 100)")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/claims"))
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/claims"), help="runs/claims")
     args = parser.parse_args()
     names = [n for n in CLAIMS if n != "rates"] if args.name == "all" else [args.name]
     seeds = range(args.first_seed, args.first_seed + max(1, args.seeds)) if args.name != "rates" else [100]
