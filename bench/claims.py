@@ -107,7 +107,7 @@ METHODS = {name: {} if name == "Flow-GRPO" else ODE | {"update": name} for name 
 RATES = {"Flow-GRPO": 1e-2, "SFT": 1e-2, "RWR": 3e-3, "Flow-DPO": 3e-3}  # the highest exact share in `rates`
 CLAIMS = {
     "gain": {"Flow-GRPO": LONG},
-    # In all of `steps`, the noise ends between t = .45 and .5. Beta is 0 there and in `noise`, because the KL
+    # In all of `steps`, the noise ends at t = .45 to .50. Beta is 0 there and in `noise`, because the KL
     # is divided by std^2 and multiplied by |dt|: one beta would be another penalty in each variant.
     "steps": {
         f"{n} steps": SHORT | {"beta": 0, "steps": n, "sde_steps": k, "sde_range": k}
@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("name", choices=[*CLAIMS, "all"])
     parser.add_argument("--seeds", type=int, default=3, help="how many (rates: 1, from seed 100)")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/claims"), help="runs/claims")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/claims"), help="default: %(default)s")
     args = parser.parse_args()
     names = [n for n in CLAIMS if n != "rates"] if args.name == "all" else [args.name]
     seeds = range(args.first_seed, args.first_seed + max(1, args.seeds)) if args.name != "rates" else [100]
