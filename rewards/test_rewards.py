@@ -1,201 +1,570 @@
-"""Tests of the rewards in this folder: no network, no GPU; under a minute on 2 cores."""
+"""Tests of the rewards in this folder. They need no network and no GPU, and take half a minute."""
 
-import itertools
 import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from runpy import run_path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests wherever they run; before torch looks for a GPU
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import clipscore
-import geneval
 import numpy as np
 import open_clip
-import pickscore
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from PIL import Image
+from matplotlib import font_manager
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.functional import to_tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import clipscore
+import geneval
+import ocr
+import pickscore
+
+HERE = Path(__file__).resolve().parent
 BENCH = {"class": "bench", "count": 1}
-ALONE = """
-import importlib.util, sys
-for name in ("pickscore", "clipscore", "geneval"):
-    sys.path.insert(0, "only_" + name)
-    module = __import__(name)
-    assert callable(module.reward) and importlib.util.find_spec("flow_grpo") is None
-    assert name != "pickscore" or "open_clip" not in sys.modules
-    del sys.path[0], sys.modules[name]
-assert module.geneval_score({"include": [{"class": "dog", "count": 2}]}, {"dog": [(0, 0, 9, 9)]})[0] == 0.5
-"""
+BOX = (0, 0, 9, 9)
+RIGHT_BOX = (50, 0, 59, 9)
 
 
-def test_each_file_works_alone(tmp_path):
-    for module in (pickscore, clipscore, geneval):
-        (tmp_path / f"only_{module.__name__}").mkdir()
-        shutil.copy(module.__file__, tmp_path / f"only_{module.__name__}")
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    """The tests are the same wherever they run."""
+    for module in (clipscore, geneval, pickscore):
+        monkeypatch.setattr(module, "DEVICE", "cpu")
+    monkeypatch.setattr(clipscore, "DTYPE", torch.float32)
+    monkeypatch.setattr(pickscore, "DTYPE", torch.float32)
+    monkeypatch.setattr(geneval, "CLIP_DTYPE", torch.float32)
+
+
+# ---- Each file alone.
+
+# What is run with each file in a folder of its own.
+ALONE = {
+    "ocr": "assert reward(torch.zeros(1, 3, 32, 64), ['a \"7\"'], [{}])['ocr'] == [0]",
+    "geneval": "assert relative_positions((0, 0, 1, 1), (5, 0, 6, 1)) == ['left of']",
+    "pickscore": "assert callable(reward)",
+    "clipscore": "assert callable(reward)",
+}
+PACKAGES = {
+    "open_clip": "open_clip_torch",
+    "onnxruntime": "onnxruntime",
+    "rapidfuzz": "rapidfuzz",
+    "rapidocr": "rapidocr",
+    "scipy": "scipy",
+    "torchvision": "torchvision",
+    "transformers": "transformers",
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_each_file_works_alone_with_the_packages_that_it_names(name, tmp_path):
+    source = HERE / f"{name}.py"
+    shutil.copy(source, tmp_path)
+    installed = re.search(r"`pip install ([^`]*)`", source.read_text()).group(1).split()
+    script = ["import sys"]
+    for module, package in PACKAGES.items():
+        if package not in installed:
+            script.append(f"sys.modules['{module}'] = None")  # Its import fails from now on.
+    script.append(f"import torch; from {name} import *")
+    script.append(ALONE[name])
     environment = os.environ | {"PYTHONPATH": ""}
-    subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, env=environment, check=True)
+    command = [sys.executable, "-c", "\n".join(script)]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
 
 
-def stands(relation, a, b):
-    (a0, a1), (b0, b1) = np.array(a, dtype=float).reshape(2, 2), np.array(b, dtype=float).reshape(2, 2)
-    offset = (a0 + a1 - b0 - b1) / 2
-    rest = np.sign(offset) * np.clip(np.abs(offset) - 0.1 * (a1 - a0 + b1 - b0), 0, None)
-    axis, sign = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}[relation]
-    return rest.any() and sign * rest[axis] / np.linalg.norm(offset) > 0.5
+# ---- OCR.
+
+
+def sign(text, width, height, font_size):
+    """A picture [3, height, width] of a text."""
+    image = Image.new("RGB", (width, height), "wheat")
+    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), font_size)
+    ImageDraw.Draw(image).text((8, 8), text, "navy", font, spacing=font_size / 2)
+    return to_tensor(image)
+
+
+def small_signs(*texts):
+    return torch.stack([sign(text, 64, 32, 16) for text in texts])
+
+
+def large_signs():
+    hotel = sign("Grand Hotel\nOPEN", 256, 192, 28)
+    coffee = sign("coffee", 256, 192, 40)
+    return torch.stack([hotel, coffee])
+
+
+def test_small_signs_are_read():
+    texts = ["407", "83", "651", "902"]
+    assert ocr.read(small_signs(*texts)) == texts
+
+
+def test_words_are_found_in_large_images():
+    assert ocr.read(large_signs()) == ["GrandHotelOPEN", "coffee"]
+
+
+def test_each_image_is_read_whatever_the_number_of_threads(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    texts = [str(number) for number in range(120, 130)]
+    assert ocr.read(small_signs(*texts)) == texts
+
+
+@pytest.mark.parametrize("height", [32, 192])
+def test_nothing_is_read_in_an_empty_image(height):
+    assert ocr.read(torch.full((1, 3, height, 64), 0.5)) == [""]
+
+
+def test_pp_ocr_sees_pixels_of_8_bits_in_bgr(monkeypatch):
+    engine = Mock(return_value=SimpleNamespace(txts=None))
+    monkeypatch.setattr(ocr, "ocr_engine", lambda height, width: engine)
+    images, (pil,) = pictures(1, 32, 64)
+    ocr.read(images + 0.4 / 255)  # The nearest value counts.
+    (array,) = engine.call_args.args
+    assert np.array_equal(array[:, :, ::-1], np.array(pil))
+
+
+@pytest.mark.parametrize("height, finds_lines", [(64, False), (65, True)])
+def test_only_images_higher_than_64_pixels_are_searched_for_lines(height, finds_lines):
+    assert ocr.ocr_engine(height, 128).use_det == finds_lines
+
+
+def test_pp_ocr_does_not_enlarge_images():
+    settings = ocr.ocr_engine(96, 128).cfg
+    assert settings.Det.limit_type == "max"
+    assert settings.Det.limit_side_len == 128
+
+
+def test_pp_ocr_uses_one_thread_per_image():
+    settings = ocr.ocr_engine(32, 64).cfg
+    assert settings.EngineConfig.onnxruntime.intra_op_num_threads == 1
+
+
+def test_signs_are_scored():
+    prompts = ['a "417"', 'a "7"', "a “65”", 'a " " "902"']
+    columns = ocr.reward(small_signs("407", "83", "651", "902"), prompts, [{}] * 4)
+    assert columns["ocr"] == pytest.approx([2 / 3, 0, 1, 1])
+    assert columns["ocr_accuracy"] == [0, 0, 1, 1]
+
+
+def test_the_score_comes_first_and_an_empty_image_scores_0():
+    columns = ocr.reward(torch.full((1, 3, 32, 64), 0.5), ['a "407"'], [{}])
+    assert list(columns.items()) == [("ocr", [0]), ("ocr_accuracy", [0])]
+
+
+@pytest.mark.parametrize(
+    "quoted, read, score",
+    [
+        ("407", "407", 1),
+        ("407", "417", 2 / 3),  # one of three digits is wrong,
+        ("407", "47", 2 / 3),  # or missing
+        ("407", "", 0),
+        ("7", "83", 0),  # The distance is larger than the text.
+        ("407", "14072", 1),  # within a longer text
+        ("grand hotel", "GrandHotelOPEN", 1),  # whatever its spaces and case
+        ("Grand\u2003HOTEL", "grandhotel", 1),
+        ("COFFEES", "coffee", 1 - 1 / 7),
+    ],
+)
+def test_ocr_score_is_the_papers(quoted, read, score, monkeypatch):
+    monkeypatch.setattr(ocr, "read", lambda images: [read])
+    columns = ocr.reward(torch.zeros(1, 3, 32, 64), [f'a sign "{quoted}"'], [{}])
+    assert columns["ocr"] == pytest.approx([score])
+    assert columns["ocr_accuracy"] == [score == 1]
+
+
+def test_large_signs_are_scored():
+    columns = ocr.reward(large_signs(), ['a "grand hotel"', 'a "COFFEES"'], [{}] * 2)
+    assert columns["ocr"] == [1, 1 - 1 / 7]
+
+
+@pytest.mark.parametrize(
+    "prompt, text",
+    [
+        ('a sign "407"', "407"),
+        ("a sign “Grand Hotel”", "Grand Hotel"),
+        ('a “b" and "c”', "b"),
+        ('a " " and "902"', "902"),  # A blank text doesn't count.
+        ('first "b", then "c"', "b"),
+    ],
+)
+def test_quoted_text_is_the_first_that_is_not_blank(prompt, text):
+    assert ocr.quoted_text({"prompt": prompt}) == text
+    ocr.check({"prompt": prompt})
+
+
+@pytest.mark.parametrize("prompt", ["a sign '407'", 'a sign "407', 'a sign " "', ""])
+def test_a_prompt_without_a_quoted_text_is_refused(prompt):
+    sentence = f'ocr needs a text in double quotes, as in: a sign "407"; got: {prompt}'
+    with pytest.raises(ValueError) as error:
+        ocr.check({"prompt": prompt})
+    assert str(error.value) == sentence
+
+
+# ---- GenEval's rules.
+
+
+AXES = {"left of": 0, "right of": 0, "above": 1, "below": 1}
+SIGNS = {"left of": -1, "right of": 1, "above": -1, "below": 1}
+
+
+def stands(relation, box, other):
+    box = np.array(box, dtype=float).reshape(2, 2)
+    other = np.array(other, dtype=float).reshape(2, 2)
+    offset = box.mean(0) - other.mean(0)
+    size = np.ptp(box, axis=0) + np.ptp(other, axis=0)
+    rest = np.sign(offset) * np.clip(np.abs(offset) - 0.1 * size, 0, None)
+    if not rest.any():
+        return False
+    direction = rest / np.linalg.norm(offset)
+    return SIGNS[relation] * direction[AXES[relation]] > 0.5
 
 
 def restated(record, boxes, color_of, exact):
-    """GenEval's rules without a look at ours. Exact counts give the paper's score, else the benchmark's."""
-    parts, groups = [], []
+    """GenEval's rules, without a look at ours.
+
+    Exact counts give the paper's score, and others the benchmark's verdict.
+    """
+    parts = []
+    matched = []  # for each clause its judged objects, or None
     for clause in record["include"]:
-        found, count = boxes.get(clause["class"], []), clause["count"]
+        name = clause["class"]
+        count = clause["count"]
+        found = boxes.get(name, [])
+        objects = found[:count]
         good = len(found) == count if exact else len(found) >= count
-        parts.append(max(0, (count - abs(len(found) - count)) / count))
+        missed = abs(len(found) - count)
+        parts.append(max(0, count - missed) / count)
         if "color" in clause:
-            colors = [color_of(clause["class"], k) for k in range(count)] if good else []
+            colors = [color_of(name, i) for i in range(count)] if good else []
             parts.append(colors.count(clause["color"]) / count)
             good = set(colors) == {clause["color"]}
         if "position" in clause:
-            relation, target = clause["position"]
-            good = good and groups[target] is not None
-            good = good and all(stands(relation, a, b) for a in found[:count] for b in groups[target])
-            parts.append(1 if good else 0)
-        groups.append(found[:count] if good else None)
-    excluded = [c for c in record["exclude"] if len(boxes.get(c["class"], [])) >= c["count"]]
-    return np.mean(parts), None not in groups and not excluded
+            relation, index = clause["position"]
+            others = matched[index]
+            if others is None:
+                good = False
+            else:
+                pairs = [(a, b) for a in objects for b in others]
+                good = good and all(stands(relation, a, b) for a, b in pairs)
+            parts.append(int(good))
+        matched.append(objects if good else None)
+    correct = None not in matched
+    for clause in record["exclude"]:
+        if len(boxes.get(clause["class"], [])) >= clause["count"]:
+            correct = False
+    return np.mean(parts), correct
+
+
+def random_box(rng):
+    """A box on a grid, so that there are ties."""
+    x = rng.randint(0, 20) * 20
+    y = rng.randint(0, 20) * 20
+    width = rng.randint(1, 8) * 20
+    height = rng.randint(1, 8) * 20
+    return x, y, x + width, y + height
+
+
+def random_record(rng, names):
+    include = []
+    for i, name in enumerate(names[: rng.randint(1, 3)]):
+        clause = {"class": name, "count": rng.choice([1, 1, 1, 2, 3])}
+        if rng.random() < 0.4:
+            clause["color"] = rng.choice(["red", "orange"])
+        if i > 0 and rng.random() < 0.6:
+            clause["position"] = [rng.choice(geneval.POSITIONS), rng.randrange(i)]
+        include.append(clause)
+    excluded = [name for name in names if rng.random() < 0.2]
+    exclude = [{"class": name, "count": rng.randint(1, 5)} for name in excluded]
+    return {"include": include, "exclude": exclude}
 
 
 def random_scene(rng):
-    names = rng.sample([names[0] for names in geneval.COCO], 4)
-    include = [{"class": name, "count": rng.choice([1, 1, 1, 2, 3])} for name in names[: rng.randint(1, 3)]]
-    for i, clause in enumerate(include):
-        if rng.random() < 0.4:
-            clause["color"] = rng.choice(geneval.COLORS[:2])
-        if i and rng.random() < 0.6:
-            clause["position"] = [rng.choice(geneval.POSITIONS), rng.randrange(i)]
-    exclude = [{"class": name, "count": rng.randint(1, 5)} for name in names if rng.random() < 0.2]
+    """A record, the boxes in an image, and the colours of those that it judges by colour."""
+    names = rng.sample(["bench", "cat", "traffic light", "computer mouse", "person"], 4)
+    record = random_record(rng, names)
     boxes = {}
     for name in names:
-        for _ in range(rng.choice([0, 1, 1, 1, 2, 2, 3, 5])):
-            x, y = (rng.randint(0, 20) * 20 for _ in "xy")  # on a grid, so that there are ties
-            w, h = (rng.randint(1, 8) * 20 for _ in "wh")
-            boxes.setdefault(name, []).append((x, y, x + w, y + h))
-    judged = [(c["class"], k) for c in include if "color" in c for k in range(c["count"])]
-    colors = {key: rng.choice(geneval.COLORS[:2]) for key in judged}
-    return {"include": include, "exclude": exclude}, boxes, lambda *key: colors[key]
+        number = rng.choice([0, 1, 1, 1, 2, 2, 3, 5])
+        if number:
+            boxes[name] = [random_box(rng) for _ in range(number)]
+    colors = {}
+    for clause in record["include"]:
+        if "color" in clause:
+            for i in range(clause["count"]):
+                colors[clause["class"], i] = rng.choice(["red", "orange"])
+    return record, boxes, lambda name, i: colors[name, i]
 
 
-def test_geneval_score_on_random_scenes():
-    rng, verdicts = random.Random(0), Counter()
+def test_random_scenes_are_scored_by_the_restated_rules():
+    rng = random.Random(0)
+    verdicts = Counter()
     for _ in range(10_000):
         scene = random_scene(rng)
         score, correct = geneval.geneval_score(*scene)
-        assert score == pytest.approx(restated(*scene, exact=True)[0]), scene
-        assert correct == restated(*scene, exact=False)[1], scene
+        expected_score, _ = restated(*scene, exact=True)
+        _, expected_verdict = restated(*scene, exact=False)
+        assert score == pytest.approx(expected_score), scene
+        assert correct == expected_verdict, scene
         verdicts[score == 1, correct] += 1
-    assert len(verdicts) == 4 and min(verdicts.values()) > 100, verdicts
+    assert len(verdicts) == 4, verdicts
+    assert min(verdicts.values()) > 100, verdicts
 
 
-def test_geneval_score_by_hand():
-    where, judge, two = geneval.relative_positions, geneval.geneval_score, [(0, 0, 9, 9), (50, 0, 59, 9)]
-    assert where([-50, 50, -41, 59], two[0]) == ["left of", "below"] and where(two[0], two[0]) == []
-    assert where([0.0009, 0] * 2, [0] * 4) == [] and where([0.0011, 0] * 2, [0] * 4) == ["right of"]
-    assert judge({"include": [BENCH | {"color": None, "position": None}]}, {"bench": two[:1]}) == (1, True)
-    beside = {"include": [BENCH, {"class": "cat", "count": 1, "position": ["right of", 0]}]}
-    assert judge(beside, {"bench": two[1:], "cat": two[:1]}) == (2 / 3, False)  # on the wrong side: 1, 1, 0
-    red = {"include": [{"class": "car", "count": 2, "color": "red"}]}
-    assert judge(red, {"car": two[:1]}) == (0.25, False)  # too few: no colour is asked for
+@pytest.mark.parametrize(
+    "box, relations",
+    [
+        ([-50, 50, -41, 59], ["left of", "below"]),  # both hold on the diagonal
+        ([50, -50, 59, -41], ["right of", "above"]),
+        ([50, 0, 59, 9], ["right of"]),
+        (BOX, []),  # concentric
+    ],
+)
+def test_positions_of_a_box(box, relations):
+    assert geneval.relative_positions(box, BOX) == relations
+
+
+@pytest.mark.parametrize("x, relations", [(0.0009, []), (0.0011, ["right of"])])
+def test_boxes_nearer_than_a_thousandth_are_concentric(x, relations):
+    assert geneval.relative_positions([x, 0, x, 0], [0, 0, 0, 0]) == relations
+
+
+def test_a_clause_may_leave_color_and_position_empty():
+    record = {"include": [BENCH | {"color": None, "position": None}]}
+    assert geneval.geneval_score(record, {"bench": [BOX]}) == (1, True)
+
+
+def test_a_wrong_position_adds_a_0():
+    cat = {"class": "cat", "count": 1, "position": ["right of", 0]}
+    boxes = {"bench": [RIGHT_BOX], "cat": [BOX]}
+    score = (1 + 1 + 0) / 3
+    assert geneval.geneval_score({"include": [BENCH, cat]}, boxes) == (score, False)
+
+
+def test_surplus_objects_lower_the_score_alone_and_not_below_0():
+    many = {"bench": [BOX] * 10}
+    assert geneval.geneval_score({"include": [BENCH]}, many) == (0, True)
+
+
+def test_colors_are_asked_for_only_where_there_are_enough_objects():
+    record = {"include": [{"class": "car", "count": 2, "color": "red"}]}
+    assert geneval.geneval_score(record, {"car": [BOX]}) == (0.25, False)
     with pytest.raises(ValueError, match="color_of"):
-        judge(red, {"car": two})
+        geneval.geneval_score(record, {"car": [BOX, RIGHT_BOX]})
 
 
-def test_records_that_can_and_cannot_be_judged(recwarn):
-    def refused(words, *include, **rest):
-        with pytest.raises(ValueError, match=words):
-            geneval.check({"include": [*include], **rest})
+# ---- GenEval's records.
 
-    for include, exclude in ((None, []), ([], []), (BENCH, []), ([BENCH], None)):
-        refused("list", include=include, exclude=exclude)
-    wrong = [(c, "class .*COCO") for c in (7, BENCH | {"class": "unicorn"}, BENCH | {"class": ["bench"]})]
-    wrong += [(BENCH | {"count": n}, f"count of bench is {n}:.* 1 to 16") for n in (None, 0, True, 2.0, 17)]
-    for clause, words in wrong:
-        refused(words, BENCH, clause)
-        refused(words, BENCH, exclude=[clause])
-    refused("'mauve'.*orange", BENCH | {"color": "mauve"})
-    for position in (["near", 0], ["above", 1], ["above", -1], ["above", 0.0]):
-        refused("left of.*earlier clause", BENCH, BENCH | {"position": position})
-    for extra in ({"color": "red"}, {"position": ["above", 0]}):
-        refused("exclude.*bench", BENCH, exclude=[BENCH | extra])
-    good = {"include": [BENCH | {"color": "red"}, BENCH | {"count": 16, "position": ["above", 0]}]}
-    for extra in ({}, *({"tag": tag, "exclude": [BENCH | {"color": None}]} for tag in geneval.TAGS)):
-        geneval.check(good | extra)
+
+def refuses(words, include, **rest):
+    with pytest.raises(ValueError, match=words):
+        geneval.check({"include": include, **rest})
+
+
+def test_include_is_a_list_of_clauses_and_exclude_a_list():
+    refuses("list `include`", None)
+    refuses("list `include`", [])
+    refuses("list `include`", BENCH)
+    refuses("list `exclude`", [BENCH], exclude=None)
+    refuses("list `exclude`", [BENCH], exclude=BENCH)
+
+
+@pytest.mark.parametrize(
+    "clause, words",
+    [
+        (7, "class 7.*COCO"),
+        ("bench", "bench.*count"),
+        ({"count": 1}, "class None.*COCO"),
+        ({"class": "unicorn", "count": 1}, "class 'unicorn'.*COCO"),
+        ({"class": ["bench"], "count": 1}, "class .*COCO"),
+        ({"class": "bench"}, "count of bench is None:.* 1 to 16"),
+        ({"class": "bench", "count": 0}, "count of bench is 0:.* 1 to 16"),
+        ({"class": "bench", "count": 17}, "count of bench is 17:.* 1 to 16"),
+        ({"class": "bench", "count": 2.0}, "count of bench is 2.0:.* 1 to 16"),
+        ({"class": "bench", "count": True}, "count of bench is True:.* 1 to 16"),
+    ],
+)
+def test_a_clause_has_a_class_of_coco_and_a_count(clause, words):
+    refuses(words, [BENCH, clause])
+    refuses(words, [BENCH], exclude=[clause])
+
+
+def test_a_color_is_one_of_ten():
+    refuses("'mauve'.*orange", [BENCH | {"color": "mauve"}])
+
+
+@pytest.mark.parametrize(
+    "position",
+    [
+        ["near", 0],
+        ["above", 1],  # the clause itself
+        ["above", -1],
+        ["above", 0.0],
+        ["above", False],
+        "above",
+    ],
+)
+def test_a_position_is_from_an_earlier_clause(position):
+    refuses("left of.*earlier clause", [BENCH, BENCH | {"position": position}])
+
+
+@pytest.mark.parametrize("extra", [{"color": "red"}, {"position": ["above", 0]}])
+def test_an_excluded_clause_has_a_count_alone(extra):
+    refuses("exclude.*bench", [BENCH], exclude=[BENCH | extra])
+
+
+def good_record():
+    red = BENCH | {"color": "red"}
+    many = {"class": "bench", "count": 16, "position": ["above", 0]}
+    return {"include": [red, many]}
+
+
+def test_good_records_pass_in_silence(recwarn):
+    geneval.check(good_record())
+    for tag in geneval.TAGS:
+        exclude = [BENCH | {"color": None}]
+        geneval.check(good_record() | {"tag": tag, "exclude": exclude})
     assert not recwarn.list
-    for tag in ("count", 7, ["counting"]):
-        with pytest.warns(UserWarning, match="color_attr"):
-            geneval.check(good | {"tag": tag})
+
+
+@pytest.mark.parametrize("tag", ["count", 7, ["counting"]])
+def test_an_unknown_tag_is_warned_of(tag):
+    with pytest.warns(UserWarning, match="color_attr"):
+        geneval.check(good_record() | {"tag": tag})
+
+
+# ---- Small models of random weights, in the hub's formats.
+
+
+def save_random_models(folder):
+    """Writes a detector, a PickScore and a CLIP into the folder, for `use_models`."""
+    torch.manual_seed(0)
+    save_random_detector(folder / "detector")
+    save_random_pickscore(folder / "pickscore")
+    save_random_clip(folder)
+
+
+def use_models(folder):
+    """Points the rewards at the models that `save_random_models` wrote into the folder."""
+    open_clip.add_model_config(folder)
+    geneval.DETECTOR = str(folder / "detector")
+    geneval.DETECTOR_SIZE = {"shortest_edge": 64, "longest_edge": 128}
+    pickscore.PICKSCORE = str(folder / "pickscore")
+    pickscore.PICKSCORE_PROCESSOR = str(folder / "pickscore")
+    for module in (geneval, clipscore):
+        module.CLIP = "tiny-clip"
+        module.CLIP_WEIGHTS = str(folder / "clip.pt")
+    forget_models()
+
+
+def forget_models():
+    geneval.detector.cache_clear()
+    geneval.clip_model.cache_clear()
+    geneval.color_texts.cache_clear()
+    clipscore.clip_model.cache_clear()
+    pickscore.pickscore_model.cache_clear()
+
+
+def save_random_detector(folder):
+    backbone = transformers.SwinConfig(
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 1, 1],
+        window_size=4,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    config = transformers.Mask2FormerConfig(
+        backbone_config=backbone,
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=32,
+        dim_feedforward=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        num_queries=30,
+        num_labels=80,
+    )
+    detector = transformers.Mask2FormerForUniversalSegmentation(config)
+    # It is sure of itself, with several objects per class, above and below each threshold.
+    detector.class_predictor.weight.data *= 150
+    decoder = detector.model.transformer_module.decoder
+    decoder.mask_predictor.mask_embedder.get_parameter("2.0.weight").data *= 100
+    detector.half().save_pretrained(folder)
+    transformers.Mask2FormerImageProcessor().save_pretrained(folder)
+
+
+def save_random_pickscore(folder):
+    words = ["<|startoftext|>", "<|endoftext|>"]
+    for end in ("", "</w>"):
+        words += [chr(c) + end for c in range(33, 127)]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = transformers.CLIPTokenizer(vocabulary, merges=[], model_max_length=77)
+    layers = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    tokens = dict(vocab_size=len(words), bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    config = transformers.CLIPConfig(
+        text_config=tokens | layers,
+        vision_config={"image_size": 32, "patch_size": 8} | layers,
+        projection_dim=16,
+    )
+    transformers.CLIPModel(config).save_pretrained(folder)
+    images = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+    transformers.CLIPProcessor(images, tokenizer).save_pretrained(folder)
+
+
+def save_random_clip(folder):
+    vision = dict(image_size=32, layers=2, width=16, head_width=8, patch_size=8)
+    text = dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=2)
+    config = dict(embed_dim=16, vision_cfg=vision, text_cfg=text)
+    (folder / "tiny-clip.json").write_text(json.dumps(config))
+    weights = open_clip.model.CLIP(**config).state_dict()
+    torch.save(weights, folder / "clip.pt")
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Gives the rewards models of random weights, in the hub's formats."""
-    for module in (geneval, clipscore):  # OpenAI trained CLIP with this activation.
-        assert open_clip.get_model_config(module.CLIP)["quick_gelu"]
-        assert open_clip.get_pretrained_cfg(module.CLIP, module.CLIP_WEIGHTS)
-    torch.manual_seed(0)
-    folder, stages = tmp_path_factory.mktemp("models"), [f"stage{i}" for i in range(1, 5)]
-    swin = {"embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4, "window_size": 4, "out_features": stages}
-    widths = "feature_size", "mask_feature_size", "hidden_dim", "encoder_feedforward_dim", "dim_feedforward"
-    config = transformers.Mask2FormerConfig(
-        backbone_config=transformers.SwinConfig(**swin), **dict.fromkeys(widths, 32), encoder_layers=1,
-        decoder_layers=2, num_attention_heads=2, num_queries=30, num_labels=80,
-    )  # fmt: skip
-    detector = transformers.Mask2FormerForUniversalSegmentation(config)
-    # It is sure of itself, with several objects of a class, above and below each threshold.
-    detector.class_predictor.weight.data *= 150
-    decoder = detector.model.transformer_module.decoder
-    decoder.mask_predictor.mask_embedder.get_parameter("2.0.weight").data *= 100
-    detector.half().save_pretrained(folder / "detector")
-    transformers.Mask2FormerImageProcessor().save_pretrained(folder / "detector")
-    characters = [chr(c) + end for end in ("", "</w>") for c in range(33, 127)]
-    words = {word: i for i, word in enumerate(["<|startoftext|>", "<|endoftext|>", *characters])}
-    tokenizer = transformers.CLIPTokenizer(words, merges=[], model_max_length=77)
-    layers = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {"vocab_size": len(words), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, **layers}
-    parts = {"text_config": text, "vision_config": {"image_size": 32, "patch_size": 8, **layers}}
-    clip = transformers.CLIPModel(transformers.CLIPConfig(**parts, projection_dim=16))
-    clip.save_pretrained(folder / "pickscore")
-    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
-    transformers.CLIPProcessor(processor, tokenizer).save_pretrained(folder / "pickscore")
-
-    vision = {"image_size": 32, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8}
-    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
-    model = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
-    (folder / "tiny-clip.json").write_text(json.dumps(model))
-    open_clip.add_model_config(folder)
-    torch.save(open_clip.model.CLIP(**model).state_dict(), folder / "clip.pt")
-    geneval.DETECTOR = str(folder / "detector")
-    geneval.DETECTOR_SIZE = {"shortest_edge": 64, "longest_edge": 128}
-    geneval.CLIP = clipscore.CLIP = "tiny-clip"
-    geneval.CLIP_WEIGHTS = clipscore.CLIP_WEIGHTS = str(folder / "clip.pt")
-    pickscore.PICKSCORE = pickscore.PICKSCORE_PROCESSOR = str(folder / "pickscore")
+    folder = tmp_path_factory.mktemp("models")
+    save_random_models(folder)
+    use_models(folder)
     return folder
 
 
-def pictures(n, height, width):  # of 8 bits, so that the same ones exist as PIL images
-    small = torch.rand(n, 3, height // 4, width // 4, generator=torch.Generator().manual_seed(0))
-    images = (F.interpolate(small, size=(height, width), mode="bicubic").clamp(0, 1) * 255).round() / 255
-    return images, [Image.fromarray((i.permute(1, 2, 0) * 255).round().byte().numpy()) for i in images]
+def pictures(number, height, width):
+    """Images [number, 3, height, width] of 8 bits, and the same as a list of PIL images."""
+    noise = torch.rand(number, 3, height // 4, width // 4, generator=torch.manual_seed(0))
+    smooth = F.interpolate(noise, size=(height, width), mode="bicubic")
+    pixels = (smooth.clamp(0, 1) * 255).round()
+    arrays = pixels.byte().permute(0, 2, 3, 1).numpy()
+    return pixels / 255, [Image.fromarray(array) for array in arrays]
+
+
+def open_clip_model():
+    """CLIP, its transform of PIL images and its tokenizer, as open_clip gives them."""
+    name = clipscore.CLIP
+    parts = open_clip.create_model_and_transforms(name, clipscore.CLIP_WEIGHTS)
+    model, _, transform = parts
+    return model.eval(), transform, open_clip.get_tokenizer(name)
+
+
+@pytest.mark.parametrize("module", [clipscore, geneval])
+def test_clip_is_openais_with_its_activation(module):
+    published = run_path(module.__file__)
+    assert open_clip.get_model_config(published["CLIP"])["quick_gelu"]
+    assert open_clip.get_pretrained_cfg(published["CLIP"], published["CLIP_WEIGHTS"])
+
+
+# ---- PickScore and CLIPScore.
 
 
 def test_pickscore_is_the_formula(models):
@@ -204,98 +573,273 @@ def test_pickscore_is_the_formula(models):
     rewards = pickscore.reward(images, prompts, [{}] * 3)
     model = transformers.CLIPModel.from_pretrained(models / "pickscore")
     processor = transformers.CLIPProcessor.from_pretrained(models / "pickscore")
-    for reward, prompt, pil in zip(rewards.numpy(), prompts, pils):  # `numpy` refuses a tensor with a graph.
-        inputs = processor(text=prompt, images=pil, truncation=True, max_length=77, return_tensors="pt")
-        out = model(**inputs)
-        cosine = F.cosine_similarity(out.text_embeds, out.image_embeds).item()
-        assert reward == pytest.approx(math.exp(2.6592) * cosine / 26, abs=2e-3) and abs(cosine) > 0.05
+    prepare = partial(processor, truncation=True, max_length=77, return_tensors="pt")
+    for reward, prompt, pil in zip(rewards, prompts, pils):
+        output = model(**prepare(text=prompt, images=pil))
+        cosine = F.cosine_similarity(output.text_embeds, output.image_embeds).item()
+        assert abs(cosine) > 0.05
+        assert reward.item() == pytest.approx(math.exp(2.6592) * cosine / 26, abs=2e-3)
 
 
 def test_clipscore_is_the_cosine(models):
     images, pils = pictures(3, 128, 160)
     prompts = ["a cat", "two dogs", 'a sign that says "7"']
     rewards = clipscore.reward(images, prompts, [{}] * 3)
-    model, _, transform = open_clip.create_model_and_transforms(clipscore.CLIP, clipscore.CLIP_WEIGHTS)
-    image = model.eval().encode_image(torch.stack([transform(pil) for pil in pils]))
-    expected = F.cosine_similarity(image, model.encode_text(open_clip.get_tokenizer(clipscore.CLIP)(prompts)))
-    assert torch.allclose(rewards, expected, atol=2e-3) and expected.std() > 0.05
-    assert not rewards.requires_grad
+    model, transform, tokenizer = open_clip_model()
+    pixels = torch.stack([transform(pil) for pil in pils])
+    image = model.encode_image(pixels)
+    text = model.encode_text(tokenizer(prompts))
+    expected = F.cosine_similarity(image, text)
+    assert torch.allclose(rewards, expected, atol=2e-3)
+    assert expected.std() > 0.05
+
+
+@pytest.mark.parametrize("module", [clipscore, pickscore])
+def test_rewards_have_no_gradient(module, models):
+    images, _ = pictures(1, 32, 32)
+    assert not module.reward(images, ["a cat"], [{}]).requires_grad
+
+
+# ---- The detector.
+
+
+RECORDS = [{"tag": "counting"}, {"tag": "colors"}, {"tag": "counting"}, {}]
+
+
+def detector_of_the_hub(models):
+    """The network and its processor, as transformers gives them."""
+    folder = models / "detector"
+    network = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(folder)
+    processor = transformers.Mask2FormerImageProcessor(size=geneval.DETECTOR_SIZE)
+    return network.float().eval(), partial(processor, return_tensors="pt")
+
+
+def test_the_detector_sees_images_as_it_would_see_files(models):
+    images, pils = pictures(4, 40, 48)
+    _, process = detector_of_the_hub(models)
+    pixels = process(list(images), do_rescale=False)["pixel_values"]
+    pixels_of_files = process(pils)["pixel_values"]
+    assert torch.allclose(pixels, pixels_of_files, atol=0.02)
+
+
+def scored_masks(models, images):
+    """The scores [B, 80, Q] and the masks [B, Q, H, W] of Q queries.
+
+    Scores that aren't among the Q highest are 0.
+    """
+    network, process = detector_of_the_hub(models)
+    output = network(process(list(images), do_rescale=False)["pixel_values"])
+    probabilities = output.class_queries_logits.softmax(2)[..., :80]
+    lowest = probabilities.flatten(1).sort().values[:, -30, None, None]
+    probabilities = probabilities * (probabilities >= lowest)
+    masks = F.interpolate(output.masks_queries_logits, images.shape[2:], mode="bilinear")
+    inside = masks > 0
+    total = (masks.sigmoid() * inside).sum((2, 3))
+    certainty = total / inside.sum((2, 3)).clamp(min=1)
+    return (probabilities * certainty[..., None]).transpose(1, 2), inside
 
 
 def test_detections_of_a_model_of_the_hub(models):
-    images, pils = pictures(4, 40, 48)
-    records = [{"tag": "counting"}, {"tag": "colors"}, {"tag": "counting"}, {}]
-    found = geneval.detect(images, records)
-    model = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(models / "detector").float()
-    process = transformers.Mask2FormerImageProcessor(size=geneval.DETECTOR_SIZE, return_tensors="pt")
-    pixels = process(list(images), do_rescale=False)["pixel_values"]
-    assert torch.allclose(pixels, process(pils)["pixel_values"], atol=0.02)
-    out = model.eval()(pixels)
-    p = out.class_queries_logits.softmax(2)[..., :80]
-    p[p < p.flatten(1).sort().values[:, -30, None, None]] = 0
-    masks = F.interpolate(out.masks_queries_logits, images.shape[2:], mode="bilinear")
-    inside = masks > 0
-    scores = p * ((masks.sigmoid() * inside).sum((2, 3)) / inside.sum((2, 3)).clamp(1))[..., None]
-    for i, c in itertools.product(range(4), range(80)):
-        threshold = 0.9 if records[i].get("tag") == "counting" else 0.3
-        order = scores[i, :, c].argsort(descending=True)
-        kept = order[scores[i, order, c] > threshold][:16]
-        for name in geneval.COCO[c]:
-            assert torch.equal(found[i][name][1], inside[i, kept]) if len(kept) else name not in found[i]
-    geneval.clip_model.cache_clear()  # The first call loads it again, though no colour is asked for.
-    out = geneval.reward(images, ["p"] * 4, [r | {"include": [BENCH]} for r in records])
-    assert list(out) == ["geneval", "geneval_correct"] and geneval.clip_model.cache_info().currsize == 1
+    images, _ = pictures(4, 40, 48)
+    detections = geneval.detect(images, RECORDS)
+    scores, inside = scored_masks(models, images)
+    for i, record in enumerate(RECORDS):
+        threshold = 0.9 if record.get("tag") == "counting" else 0.3
+        for label, names in enumerate(geneval.COCO):
+            of_class = scores[i, label]
+            order = of_class.argsort(descending=True)
+            kept = order[of_class[order] > threshold][:16]
+            for name in names:
+                if len(kept) == 0:
+                    assert name not in detections[i]
+                else:
+                    _, masks = detections[i][name]
+                    assert torch.equal(masks, inside[i, kept])
 
 
-def test_detections_at_the_thresholds(monkeypatch):
-    def detect(record, *objects):
-        """Objects are (class, probability, x, mask logit): bars of height 3 in masks that are 0 elsewhere."""
-        logits, masks = torch.full((1, len(objects), 81), -99.0), torch.zeros(1, len(objects), 24, 24)
-        for q, (label, p, x, value) in enumerate(objects):
-            logits[0, q, label], logits[0, q, 80] = math.log(p), math.log(1 - p)
-            masks[0, q, 5:8, x] = value
-        out = SimpleNamespace(class_queries_logits=logits, masks_queries_logits=masks)
-        parts = lambda pixels: out, lambda images, **_: {"pixel_values": images[0]}
-        monkeypatch.setattr(geneval, "detector", lambda: parts)
-        (found,) = geneval.detect(torch.zeros(1, 3, 24, 24), [record])
-        assert all(box == [box[0], 5, box[0] + 1, 8] for boxes, _ in found.values() for box in boxes.tolist())
-        return {name: boxes[:, 0].tolist() for name, (boxes, _) in found.items()}
-
-    cars = [(2, p, x, 30) for x, p in enumerate([0.31, 0.91, 0.29, 0.89])]
-    dogs = (16, 0.91, 9, 0.1), (16, 0.54, 8, 30)  # The mask's mean, sigmoid(0.1) = 0.525, weighs the score.
-    assert detect({}, *cars, *dogs) == {"car": [1, 3, 0], "dog": [8, 9]}
-    assert detect({"tag": "counting"}, *cars, *dogs) == {"car": [1]}
-    assert detect({}, (64, 0.54, 3, 0.1)) == {}
-    mice = detect({}, *((64, 0.5 + x / 99, x, 30) for x in range(20)))
-    assert mice == {name: list(range(19, 3, -1)) for name in ("computer mouse", "mouse")}
+def test_the_first_reward_loads_clip_though_no_color_is_asked_for(models):
+    forget_models()
+    images, _ = pictures(1, 40, 48)
+    geneval.reward(images, ["a bench"], [{"include": [BENCH]}])
+    assert geneval.clip_model.cache_info().currsize == 1
 
 
-def test_colors_are_named_by_clip_on_each_objects_crop(models, monkeypatch):
-    (images, pils), masks = pictures(2, 128, 128), torch.zeros(2, 128, 128, dtype=torch.bool)
-    masks[0, 5:40, 10:30] = masks[1, 20:120, 33:128] = True
-    masks[0, 5:10, 10:15] = False  # no rectangle: the background shows
+def test_the_graded_score_is_the_first_column(models):
+    images, _ = pictures(1, 40, 48)
+    columns = geneval.reward(images, ["a bench"], [{"include": [BENCH]}])
+    assert list(columns) == ["geneval", "geneval_correct"]
+
+
+@pytest.fixture
+def columns_found(monkeypatch):
+    """A function that detects bars and tells for each class at which x, surest first.
+
+    A bar is (class, probability, x, mask logit), of height 3, in a mask that is 0 elsewhere.
+    """
+
+    def columns_found(record, *bars):
+        output = output_of_bars(bars)
+        processor = Mock(return_value={"pixel_values": torch.zeros(1, 3, 24, 24)})
+        monkeypatch.setattr(geneval, "detector", lambda: (lambda pixels: output, processor))
+        (objects,) = geneval.detect(torch.zeros(1, 3, 24, 24), [record])
+        columns = {}
+        for name, (boxes, _) in objects.items():
+            columns[name] = boxes[:, 0].tolist()
+            for x, *rest in boxes.tolist():
+                assert rest == [5, x + 1, 8]  # up to the far edge of the last pixel
+        return columns
+
+    return columns_found
+
+
+def output_of_bars(bars):
+    logits = torch.full((1, len(bars), 81), -99.0)
+    masks = torch.zeros(1, len(bars), 24, 24)
+    for query, (label, probability, x, value) in enumerate(bars):
+        logits[0, query, label] = math.log(probability)
+        logits[0, query, 80] = math.log(1 - probability)
+        masks[0, query, 5:8, x] = value
+    return SimpleNamespace(class_queries_logits=logits, masks_queries_logits=masks)
+
+
+CARS = [(2, 0.31, 0, 30), (2, 0.91, 1, 30), (2, 0.29, 2, 30), (2, 0.89, 3, 30)]
+# The mask's mean, sigmoid(0.1) = 0.525, weighs the first dog's probability.
+DOGS = [(16, 0.91, 9, 0.1), (16, 0.54, 8, 30)]
+
+
+def test_objects_count_above_a_confidence_of_03(columns_found):
+    assert columns_found({}, *CARS) == {"car": [1, 3, 0]}
+
+
+def test_objects_to_be_counted_do_so_above_09(columns_found):
+    assert columns_found({"tag": "counting"}, *CARS, *DOGS) == {"car": [1]}
+
+
+def test_the_masks_certainty_weighs_the_confidence(columns_found):
+    assert columns_found({}, *DOGS) == {"dog": [8, 9]}
+    assert columns_found({}, (64, 0.54, 3, 0.1), *DOGS[1:]) == {"dog": [8]}
+
+
+def test_the_16_surest_objects_count_under_both_names_of_a_class(columns_found):
+    bars = [(64, 0.5 + x / 99, x, 30) for x in range(20)]
+    surest = list(range(19, 3, -1))
+    assert columns_found({}, *bars) == {"computer mouse": surest, "mouse": surest}
+
+
+# ---- The colours.
+
+
+TEMPLATES = ["a photo of a {} bench", "a photo of a {}-colored bench", "a photo of a {} object"]
+
+
+def two_benches():
+    """The masks [2, 128, 128] and the boxes [2, 4] of two benches."""
+    masks = torch.zeros(2, 128, 128, dtype=torch.bool)
+    masks[0, 5:40, 10:30] = True
+    masks[0, 5:10, 10:15] = False  # It is no rectangle, so that the background shows.
+    masks[1, 20:120, 33:128] = True
     boxes = torch.tensor([[10.0, 5, 30, 40], [33, 20, 128, 120]])
-    monkeypatch.setattr(geneval, "detect", lambda images, records: [{"bench": (boxes, masks)}] * 2)
-    seen, embed = [], geneval.clip_image
-    monkeypatch.setattr(geneval, "clip_image", lambda crop: seen.append((crop, embed(crop))) or seen[-1][1])
+    return boxes, masks
 
-    model, _, transform = open_clip.create_model_and_transforms(geneval.CLIP, geneval.CLIP_WEIGHTS)
-    texts = "a photo of a {} bench", "a photo of a {}-colored bench", "a photo of a {} object"
-    tokens = open_clip.get_tokenizer(geneval.CLIP)([t.format(c) for c in geneval.COLORS for t in texts])
-    classes = F.normalize(model.eval().encode_text(tokens), dim=1).unflatten(0, (10, 3)).mean(1)
-    assert torch.allclose(geneval.color_texts("bench"), F.normalize(classes, dim=1), atol=1e-5)
-    crops, names = [], [[], []]
-    for i, j in itertools.product(range(2), range(2)):
-        grey = Image.new("RGB", (128, 128), "#999")
-        crop = Image.composite(pils[i], grey, Image.fromarray(masks[j].numpy())).crop(boxes[j].tolist())
-        image = F.normalize(model.encode_image(transform(crop)[None])[0], dim=0)
-        crops.append((torch.from_numpy(np.array(crop)).permute(2, 0, 1) / 255, image))
-        names[i].append(geneval.COLORS[F.cosine_similarity(image, classes).argmax()])
+
+def crops_of_benches(pil):
+    """The two benches in a PIL image, on the grey background that GenEval takes."""
+    boxes, masks = two_benches()
+    grey = Image.new("RGB", (128, 128), "#999")
+    crops = []
+    for box, mask in zip(boxes.tolist(), masks.numpy()):
+        alone = Image.composite(pil, grey, Image.fromarray(mask))
+        crops.append(alone.crop(box))
+    return crops
+
+
+def color_classifier(model, tokenizer):
+    """Embeddings [10, D] of the colours of benches."""
+    embeddings = []
     for color in geneval.COLORS:
-        record = {"include": [{"class": "bench", "count": 2, "color": color}]}
-        out = geneval.reward(images, ["p"] * 2, [record] * 2)
-        assert out["geneval"].tolist() == [(1 + n.count(color) / 2) / 2 for n in names]
-        assert out["geneval_correct"].tolist() == [n == [color] * 2 for n in names]
-    for (crop, embedding), (expected, image) in zip(seen, crops):
-        assert torch.allclose(crop, expected, atol=1e-6) and torch.allclose(embedding, image, atol=2e-3)
+        texts = [template.format(color) for template in TEMPLATES]
+        units = F.normalize(model.encode_text(tokenizer(texts)), dim=1)
+        embeddings.append(units.mean(0))
+    return F.normalize(torch.stack(embeddings), dim=1)
+
+
+def test_colors_are_classified_by_genevals_templates(models):
+    model, _, tokenizer = open_clip_model()
+    expected = color_classifier(model, tokenizer)
+    assert torch.allclose(geneval.color_texts("bench"), expected, atol=1e-5)
+
+
+def test_clip_sees_a_crop_as_it_would_see_a_file(models):
+    model, transform, _ = open_clip_model()
+    _, pils = pictures(2, 128, 128)
+    for pil in pils:
+        for crop in crops_of_benches(pil):
+            embedding = model.encode_image(transform(crop)[None])[0]
+            expected = F.normalize(embedding, dim=0)
+            assert torch.allclose(geneval.clip_image(to_tensor(crop)), expected, atol=2e-3)
+
+
+@pytest.fixture
+def finds_two_benches(models, monkeypatch):
+    """The detector finds the same two benches in each image."""
+    objects = {"bench": two_benches()}
+    monkeypatch.setattr(geneval, "detect", lambda images, records: [objects] * len(images))
+
+
+def judge_color(images, color):
+    record = {"include": [{"class": "bench", "count": 2, "color": color}]}
+    prompt = f"two {color} benches"
+    return geneval.reward(images, [prompt] * len(images), [record] * len(images))
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The crops that CLIP is shown, each with its embedding."""
+    pairs = []
+    embed = geneval.clip_image
+
+    def clip_image(crop):
+        embedding = embed(crop)
+        pairs.append((crop, embedding))
+        return embedding
+
+    monkeypatch.setattr(geneval, "clip_image", clip_image)
+    return pairs
+
+
+def test_each_object_is_cut_out_on_grey(finds_two_benches, seen):
+    images, pils = pictures(2, 128, 128)
+    judge_color(images, "red")
+    expected = crops_of_benches(pils[0]) + crops_of_benches(pils[1])
+    for (crop, _), pil in zip(seen, expected, strict=True):
+        assert torch.allclose(crop, to_tensor(pil), atol=1e-6)
+
+
+def test_the_reward_of_colors_has_no_gradient(finds_two_benches, seen):
+    images, _ = pictures(1, 128, 128)
+    judge_color(images, "red")
+    for _, embedding in seen:
         assert not embedding.requires_grad
+    assert len(seen) == 2
+
+
+def colors_of_benches(pil):
+    """The colours that open_clip's own model sees in the two benches."""
+    model, transform, tokenizer = open_clip_model()
+    classes = color_classifier(model, tokenizer)
+    colors = []
+    for crop in crops_of_benches(pil):
+        embedding = model.encode_image(transform(crop)[None])
+        best = F.cosine_similarity(embedding, classes).argmax()
+        colors.append(geneval.COLORS[best])
+    return colors
+
+
+def test_the_reward_judges_the_colors_that_clip_sees(finds_two_benches):
+    images, pils = pictures(2, 128, 128)
+    colors = [colors_of_benches(pil) for pil in pils]
+    for color in geneval.COLORS:
+        right = torch.tensor([names.count(color) for names in colors])
+        columns = judge_color(images, color)
+        assert torch.equal(columns["geneval"], (1 + right / 2) / 2)
+        assert torch.equal(columns["geneval_correct"], (right == 2).float())
