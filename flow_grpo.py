@@ -324,7 +324,7 @@ class Samples:
     columns: dict[str, Tensor]  # [N] each: `reward`, and what it is made of
 
 
-def batches(run: Run, images: Sequence, description: str):
+def batches(run: Run, images, description: str):
     """Yields this process's part of these images, which is every PROCESSES-th batch of all."""
     size = run.config.batch_size
     own = [i for i in images if i // size % PROCESSES == RANK]
@@ -565,11 +565,12 @@ def first_to_fail():
     """What ends one process ends all of them, and the first to fail says why."""
     if PROCESSES == 1:
         return True
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which torchrun ends the others
     store = next(dist.rendezvous("env://"))[0]  # torchrun's own, which outlives them
     return store.add("failed", 1) == 1
 
 
-def gather(value) -> list:
+def gather(value):
     """The values that all processes give, in their order."""
     values = [value] * PROCESSES
     if PROCESSES > 1:
@@ -741,7 +742,7 @@ def averages(columns: dict, records: list, prefix="") -> dict:
 
 
 # ---- Prompts.
-def read_prompts(path: str, reward: Reward) -> list:
+def read_prompts(path: str, reward: Reward):
     """A prompt file's records. Raises UserError with file and line of what can't be used."""
     if not path:
         raise UserError("there are no prompts: give a file, as in --prompt-file prompts.txt")
@@ -876,7 +877,7 @@ class UserError(Exception):
     """What the user can mend. It is shown as one sentence without a traceback; exit code 2."""
 
 
-def why(e) -> str:
+def why(e):
     """What went wrong. The libraries bury what the hub said in a chain of exceptions."""
     summary = f"{type(e).__name__} ({' '.join(str(e).split())[:300]})"
     chain = ""
@@ -897,7 +898,7 @@ def why(e) -> str:
     return summary
 
 
-def configure(argv) -> tuple:
+def configure(argv):
     """The settings, and a resumed run's checkpoint or None. Raises UserError.
 
     Flags come before the settings of a resumed run, and else before the defaults of the model.

@@ -1,4 +1,4 @@
-"""Flow-GRPO on points in the plane: the paper's method in half a minute and in one picture.
+"""Flow-GRPO on points in the plane: the method in half a minute and in one picture, points.png.
 
     python examples/points.py
 
@@ -40,7 +40,7 @@ def train_flow(steps):
     model = Sequential(
         Linear(3, 128), SiLU(), Linear(128, 128), SiLU(), Linear(128, 128), SiLU(), Linear(128, 2)
     )
-    optimizer = AdamW(model.parameters(), lr=1e-3)
+    optimizer = AdamW(model.parameters())
     for _ in trange(steps, desc="train the flow"):
         cloud = torch.randint(8, [POINTS])
         data = CENTRES[cloud] + 0.3 * torch.randn(POINTS, 2)
@@ -86,11 +86,10 @@ def fine_tune(base, beta, epochs):
         paths, old_log_probs = sample(model, noise, 10, NOISE_LEVEL)
         rewards = reward(paths)
         rollouts.append(rewards.mean())
-        advantages = group_advantages(rewards.view(1, -1))[0]  # no prompts, so one group
+        # A group shares a prompt. Points have none, so the whole epoch is one group.
+        advantages = group_advantages(rewards[None])[0]
         for chosen in torch.randperm(POINTS).chunk(2):  # The second update is off-policy.
-            for k in range(
-                9
-            ):  # The tenth step has so little noise that rounding would be its ratio.
+            for k in range(9):  # The tenth step has so little noise that its ratios are rounding.
                 x = paths[chosen, k]
                 x_next = paths[chosen, k + 1]
                 t = times[k]
@@ -99,7 +98,7 @@ def fine_tune(base, beta, epochs):
                 _, log_prob, mean, std = sde_step(model(inputs), *step)
                 with torch.no_grad():
                     _, _, ref_mean, _ = sde_step(base(inputs), *step)
-                # This is the paper's KL. flow_grpo.py multiplies by |dt|, so its betas are larger.
+                # This is the paper's KL. flow_grpo.py multiplies by |dt|, so its betas differ.
                 kl = gaussian_kl(mean, ref_mean, std)
                 old = old_log_probs[chosen, k]
                 loss, _ = grpo_loss(log_prob, old, advantages[chosen], kl, CLIP_RANGE, beta)
@@ -143,6 +142,7 @@ def main(flow_steps=4000, epochs=60):
         visited = (torch.cdist(points, CENTRES) < 1).sum(dim=0) > 40
         print(f"{label:8} {reward(paths).mean():5.2f} {spread:7.2f} {visited.sum():12} of 8")
     panel.figure.savefig("points.png", dpi=200)
+    print("The picture is in points.png.")
     return results
 
 
