@@ -1,6 +1,6 @@
 """Flow-GRPO in one file: online reinforcement learning for flow-matching image models.
 
-It fine-tunes Stable Diffusion 3.5 Medium with LoRA or, without a GPU, the small SD3 in tiny-sd3/:
+It fine-tunes Stable Diffusion 3.5 Medium with LoRA or, where there is no GPU, the small tiny-sd3/:
 
     python flow_grpo.py --prompt-file prompts.txt
     torchrun --standalone --nproc-per-node 8 flow_grpo.py --prompt-file prompts.txt  # 8 GPUs
@@ -11,14 +11,15 @@ It fine-tunes Stable Diffusion 3.5 Medium with LoRA or, without a GPU, the small
 
 Notation. B images in a batch; T denoising steps, S of which are trained; P prompts in an epoch with
 G images each (a group), so N = P * G images. Latents are [B, C, H, W], but the method takes any
-[B, ...]. Time falls from t = 1, which is noise, to t = 0, which is the image: x_t = (1 - t) x_0 +
-t x_1, and velocity = x_1 - x_0.
+[B, ...]. Time falls from t = 1, which is noise, to t = 0, which is the image, with
+x_t = (1 - t) x_0 + t x_1, and velocity = x_1 - x_0.
 
 An epoch of the published recipe draws 48 prompts x 24 images = 1,152 images in 10 steps each,
 scores them, and trains on 9 of the 10 steps in 2 optimiser steps of 576 images. With guidance, each
-velocity takes two passes of the network, one with the prompt and one without. So it takes 20 passes
-to draw an image and 80 (40 steps) to draw one of an evaluation. To train on an image takes, at each
-of 9 steps, 2 passes and 2 of the reference, together 36, and 9 passes backward.
+velocity takes two passes of the network, one with the prompt and one without. So to draw an image
+takes 20 passes, and 80 in an evaluation, which has 40 steps. To train on an image takes 36 passes
+forward (9 steps x 2 passes, for the policy and for its reference), and 9 backward, because only the
+policy's pass with the prompt has a gradient.
 """
 
 import signal
@@ -55,10 +56,10 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-TRAIN_STEPS = 10  # Denoising reduction [P]: few steps are enough to learn from,
-EVAL_STEPS = 40  # while images to judge by, and to use, are drawn in many.
-RANK = int(os.environ.get("RANK", 0))  # By torchrun, this process's number,
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # of so many.
+TRAIN_STEPS = 10  # Denoising reduction [P]: a rollout's few steps are enough to learn from.
+EVAL_STEPS = 40  # An evaluation has as many as one would use the model with.
+RANK = int(os.environ.get("RANK", 0))  # torchrun tells each process its number,
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are.
 bar = partial(tqdm, leave=False, disable=RANK > 0 or None)  # in process 0, on a terminal
 
 
@@ -68,9 +69,7 @@ class Config:
     """The settings. The defaults are the recipe published for SD3.5 Medium [P, C]."""
 
     prompt_file: str = ""  # Prompts: .txt with one per line, or .jsonl with a record per line.
-    eval_prompt_file: str = (
-        ""  # Prompts to evaluate on. Without it, some of the others are held out.
-    )
+    eval_prompt_file: str = ""  # Prompts to evaluate on. Without it, some of these are held out.
     output_dir: str = ""  # Folder of the run. Without it, a new one in runs/.
     resume: str = ""  # Folder of a run to go on with.
     model: str = "stabilityai/stable-diffusion-3.5-medium"  # Name on the hub, or folder.
@@ -85,13 +84,13 @@ class Config:
     clip_range: float = 1e-4  # Of the ratio. It is tiny because log-probs are means over elements.
     guidance_scale: float = 4.5  # Classifier-free guidance in training and evaluation; 1 for none.
     noise_level: float = 0.7  # Of the SDE.
-    sde_steps: int = 9  # How many consecutive steps have noise and are trained.
-    sde_range: int = 9  # These are among the first so many of the 10, at a place drawn each epoch.
+    sde_steps: int = 9  # A window of so many steps in a row has noise and is trained.
+    sde_range: int = 9  # It lies within the first so many of the 10 steps, drawn anew each epoch.
     lora_rank: int = 32  # Of the adapter. Its alpha is twice that.
-    ema_interval: int = 8  # Updates between two steps of the adapter's moving average.
+    ema_interval: int = 8  # Optimiser steps between two of the adapter's moving average.
     height: int = 512  # Of the images, in pixels.
     width: int = 512  # Of the images, in pixels.
-    max_sequence_length: int = 128  # T5 tokens. Without T5, as many zeros stand for them.
+    max_sequence_length: int = 128  # T5 tokens. If a model lacks T5, as many zeros stand for them.
     eval_every: int = 20  # Epochs between two evaluations.
     gradient_checkpointing: bool = False  # Compute activations twice to save memory.
     compile: bool = False  # Compile the network's blocks.
@@ -105,7 +104,7 @@ TINY = Config(  # For tiny-sd3, which learns within minutes on two cores of a CP
 )  # fmt: skip
 
 
-# ---- The method. These five functions need torch alone: copy them as they stand.
+# ---- The method. These five functions need torch alone, besides Python: copy them as they stand.
 def sde_step(
     velocity: Tensor,
     x: Tensor,
@@ -118,11 +117,12 @@ def sde_step(
     """One denoising step as a Gaussian policy, by Euler-Maruyama on an SDE [P].
 
     dx = [v + sigma_t^2 / (2t) (x + (1 - t) v)] dt + sigma_t dw,
-    sigma_t = noise_level * sqrt(t / (1 - t)),
-    which has the same marginals as the flow dx = v dt at every t, whatever the noise level.
+    sigma_t = noise_level * sqrt(t / (1 - t)), but for t = 1 see below.
+    At every t, it has the marginals of the flow dx = v dt. x + (1 - t) v is the estimated noise.
 
     Args:
-        velocity, x: [B, ...], the network's output at (x, t), and x. Gradients flow to `velocity`.
+        velocity: [B, ...], the network's output at (x, t). Gradients of mean and log_prob reach it.
+        x: [B, ...], the latents at t.
         t, t_next: floats, or [B] on x's device, with 0 <= t_next < t <= 1.
         noise_level: `a` in the paper; 0 gives the Euler step of the ODE, which draws no noise.
         x_next: [B, ...], a sample to score. Without it one is drawn, on the generator's device.
@@ -151,9 +151,8 @@ def sde_step(
     if noise_level == 0:
         return x_next, x.new_zeros(len(x)), mean, std
     log_prob = -((x_next - mean) ** 2) / (2 * std**2) - std.log() - math.log(2 * math.pi) / 2
-    # The mean over E elements in place of their sum makes a ratio of two policies the true one to
-    # the power 1 / E. At 512 x 512 pixels, E is 65,536. So ratios stay near to 1, and the clip
-    # range is tiny, such as 1e-4.
+    # With the mean over E elements, not their sum, a ratio is the true one to the power 1 / E. At
+    # 512 x 512 pixels, E is 65,536. So ratios stay near to 1, and the clip range is tiny.
     return x_next, log_prob.flatten(1).mean(1), mean, std
 
 
@@ -189,9 +188,9 @@ def rollout(
 def group_advantages(
     rewards: Tensor, global_std: bool = True, eps: float = 1e-4, clip: float = 5
 ) -> Tensor:
-    """Advantages relative to the group [P]: (r - its mean) / (std + eps), clipped to +-clip [C].
+    """Advantages relative to the group [P]: (r - group mean) / (std + eps), clipped to +-clip [C].
 
-    rewards: [P, G], G images of each of P prompts. Returns [P, G], 0 where a group's are equal.
+    rewards: [P, G], G images of each of P prompts. Returns [P, G], 0 in a group of equal rewards.
     global_std: divide by the std of all rewards, as [C] does, or by the group's own, as [P] writes.
     """
     r = rewards.double()  # in which the mean of equal rewards is exact
@@ -203,8 +202,8 @@ def group_advantages(
 def gaussian_kl(mean: Tensor, ref_mean: Tensor, std: Tensor) -> Tensor:
     """KL between N(mean, std^2) and N(ref_mean, std^2) [P], averaged over the elements as in [C].
 
-    mean, ref_mean: [B, ...]; std: broadcastable to them. Returns [B]. This is the exact KL, but the
-    published betas are for |dt| times as much: `add_gradient` multiplies it by that, and says why.
+    mean, ref_mean: [B, ...]; std: broadcastable to them. Returns [B], the exact KL per element. The
+    loss takes |dt| times that, for which the published betas are made: see `add_gradient`.
     """
     return ((mean - ref_mean) ** 2 / (2 * std**2)).flatten(1).mean(1)
 
@@ -231,6 +230,7 @@ def grpo_loss(
             "ratio_mean": ratio.mean(),
             "clipfrac": ((ratio - 1).abs() > clip_range).float().mean(),
             # The usual estimate, (ratio - 1) - log_ratio, would cancel to 0 at ratios so near to 1.
+            # As log-probs are means over elements, it is 1 / E^2 of the policies' KL.
             "approx_kl": 0.5 * (log_ratio**2).mean(),
             "policy_loss": policy_loss.detach(),
             "kl": kl.detach().mean(),
@@ -245,7 +245,8 @@ def predict_velocity(
     """The velocity [B, C, H, W] at x and time t, with classifier-free guidance, in float32.
 
     text, null_text: B prompts and B empty ones, encoded as embeds [B, L, D] and pooled [B, D'].
-    The unconditional velocity is a constant to the gradient, as in [C], so it needs no graph.
+    As in [C], the gradient takes the unconditional velocity for a constant. That saves memory and a
+    backward pass, but it is not the full gradient.
     """
 
     def predict(embeds, pooled):
@@ -263,7 +264,7 @@ def predict_velocity(
 
 
 def schedule(scheduler, steps: int) -> list[float]:
-    """The scheduler's times [steps + 1], from 1 to 0."""
+    """The scheduler's times [steps + 1]. SD3's 10 steps begin dense: 1, 0.96, 0.91 ... 0.009, 0."""
     scheduler.set_timesteps(steps)
     return scheduler.sigmas.tolist()
 
@@ -302,8 +303,8 @@ class Run:
     eval_records: list
     device: str  # "cuda" or "cpu"
     latent_shape: tuple  # C, H, W
-    parameters: torch.nn.ParameterList  # of the adapter, in float32; rollouts are drawn with it,
-    ema: EMAModel  # and evaluations with its moving average, which is also saved for use
+    parameters: torch.nn.ParameterList  # the adapter, in float32, which draws the rollouts
+    ema: EMAModel  # its moving average, which draws the evaluations, and is saved for use
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # off, unless the network is in float16
     epoch: int = 0  # how many epochs are done,
@@ -313,32 +314,38 @@ class Run:
 
 @dataclass
 class Samples:
-    """An epoch's N images, prompt by prompt. A process fills in the latents of those it drew."""
+    """An epoch's N images, prompt by prompt. All tensors are on the CPU.
+
+    Of latents and log_probs, a process fills in the rows that it drew. The others are never read.
+    """
 
     records: list  # [N], G equal ones in a row
-    texts: dict  # prompt -> embeds [L, D] and pooled [D'], on the CPU
+    texts: dict  # prompt, or "" -> embeds [L, D] and pooled [D']
     times: list[float]  # [T + 1]
     trained: range  # the S steps that have noise and are trained
-    latents: Tensor  # [N, T + 1, C, H, W], from the noise to the image, on the CPU
-    log_probs: Tensor  # [N, T], of the steps, under the policy that drew them
-    columns: dict[str, Tensor]  # [N] each: `reward`, and what it is made of
+    latents: Tensor  # [N, T + 1, C, H, W], from the noise to the image
+    log_probs: Tensor  # [N, T], under the policy that drew the images
+    columns: dict[str, Tensor]  # [N] each, of all processes: `reward`, and what it is made of
 
 
-def batches(run: Run, images, description: str):
-    """Yields this process's part of these images, which is every PROCESSES-th batch of all."""
+def batches(run: Run, indices, description: str):
+    """Yields, in batches, those of the images' indices that are this process's.
+
+    An image is that of the process which draws it: batch i // batch_size goes to them in turn.
+    """
     size = run.config.batch_size
-    own = [i for i in images if i // size % PROCESSES == RANK]
+    own = [i for i in indices if i // size % PROCESSES == RANK]
     for start in bar(range(0, len(own), size), description):
         yield own[start : start + size]
 
 
-def padded(images: list, size: int) -> list:
+def padded(indices: list, size: int) -> list:
     """A batch filled up with repeats, which don't count.
 
-    The last bits of a network's output depend on the batch size. Rollout and update have the same
-    one, so that the ratios of the first update are 1.
+    The last bits of a network's output depend on the batch size. With one size in rollout and
+    update, the ratios of the first optimiser step are 1.
     """
-    return [images[i % len(images)] for i in range(size)]
+    return [indices[i % len(indices)] for i in range(size)]
 
 
 def velocity_along(run: Run, times: list, texts: dict, prompts: list) -> Callable:
@@ -364,9 +371,9 @@ def collect(run: Run) -> Samples:
     chosen = (records * config.prompts_per_epoch)[: config.prompts_per_epoch]
     records = [record for record in chosen for _ in range(config.group_size)]
     times = schedule(run.pipe.scheduler, TRAIN_STEPS)
-    # Some steps in a row have noise and are trained; the others are the ODE's. By default these are
-    # the first 9. The 10th, from t = 0.009, is left out as in [C], because rounding would dominate
-    # the ratio of so narrow a policy.
+    # A window of steps has noise and is trained; the others are the ODE's. By default, it is the
+    # first 9. The 10th, from t = 0.009, is left out as in [C], because its std is so small that
+    # rounding would dominate the ratio.
     first = Random(epoch_seed).randint(0, config.sde_range - config.sde_steps)
     trained = range(first, first + config.sde_steps)
     levels = [config.noise_level if k in trained else 0.0 for k in range(TRAIN_STEPS)]
@@ -374,24 +381,25 @@ def collect(run: Run) -> Samples:
     log_probs = torch.empty(len(records), TRAIN_STEPS)
     texts = encode(run, records)
     columns = {}
-    for images in batches(run, range(len(records)), "rollout"):
-        prompts = [records[i]["prompt"] for i in padded(images, config.batch_size)]
+    for indices in batches(run, range(len(records)), "rollout"):
+        prompts = [records[i]["prompt"] for i in padded(indices, config.batch_size)]
         velocity = velocity_along(run, times, texts, prompts)
         # Each batch has its own generator, so images don't depend on the number of processes.
-        seed = Random(f"{epoch_seed} {images[0]}").getrandbits(63)
+        seed = Random(f"{epoch_seed} {indices[0]}").getrandbits(63)
         generator = torch.Generator(run.device).manual_seed(seed)
         noise = torch.randn(
             config.batch_size, *run.latent_shape, generator=generator, device=run.device
         )
-        # Compiled, the network has other kernels without a graph. The update needs a graph, so it
-        # gets one here, too, which is dropped.
+        # A compiled network has other kernels without autograd. The update needs autograd, so the
+        # rollout has it on, too, and detaches the results.
         with torch.set_grad_enabled(config.compile):
             path, step_log_probs = rollout(velocity, noise, times, levels, generator)
-        count = len(images)
-        latents[images] = path[:count].cpu()
-        log_probs[images] = step_log_probs[:count].cpu()
-        decoded = decode(run.pipe.vae, path[:count, -1])
-        columns[images[0]] = score_images(run.reward, decoded, [records[i] for i in images])
+        count = len(indices)
+        latents[indices] = path[:count].cpu()
+        log_probs[indices] = step_log_probs[:count].cpu()
+        images = decode(run.pipe.vae, path[:count, -1])
+        drawn = [records[i] for i in indices]
+        columns[indices[0]] = score_images(run.reward, images, drawn)
     return Samples(records, texts, times, trained, latents, log_probs, gathered(columns))
 
 
@@ -399,19 +407,19 @@ def update(run: Run, samples: Samples) -> dict:
     """The epoch's optimiser steps. Returns means of the loss's statistics, and signs of trouble."""
     config = run.config
     advantages = group_advantages(samples.columns["reward"].view(-1, config.group_size)).flatten()
-    # As in [C], images without an advantage are dropped, and means are over those that are left. So
-    # the policy's term is N / kept times as large as in [P], and a mastered prompt feels no KL.
+    # As in [C], images whose advantage is 0 are dropped, and means are over the others. So the
+    # policy's term is N / kept times as large as in [P], and equal scores mean no KL, either.
     kept = advantages.nonzero().flatten().tolist()
     Random(f"{config.seed} {run.epoch}").shuffle(kept)
-    totals = Counter()  # Its `update` adds.
+    totals = Counter()  # Counter.update adds.
     ratio_deviation = 0.0
     norms = []
     for first in range(min(config.updates_per_epoch, len(kept))):
-        chunk = kept[first :: config.updates_per_epoch]
-        for images in batches(run, chunk, "update"):  # A process trains on what it drew.
-            totals.update(add_gradient(run, samples, images, advantages, len(chunk)))
-        # Before the first optimiser step, the policy is the one that drew the images. If a ratio is
-        # not 1 then, rollout and update took different kernels, and disagree numerically.
+        chunk = kept[first :: config.updates_per_epoch]  # the images of one optimiser step
+        for indices in batches(run, chunk, "update"):  # A process trains on what it drew.
+            totals.update(add_gradient(run, samples, indices, advantages, len(chunk)))
+        # In the first optimiser step, the policy is the one that drew the images. A ratio other
+        # than 1 there means that rollout and update disagree numerically, by different kernels.
         if first == 0:
             ratio_deviation = float(totals["ratio_deviation"])
         norms.append(optimizer_step(run))
@@ -421,27 +429,27 @@ def update(run: Run, samples: Samples) -> dict:
     return {
         **means,
         "grad_norm": sum(norms) / max(1, len(norms)),
-        "ratio_deviation": sum(gather(ratio_deviation)),
+        "ratio_deviation": sum(gather(ratio_deviation)),  # in place of the mean over all chunks
         "trained": len(kept) / len(advantages),
     }
 
 
-def add_gradient(run: Run, samples: Samples, images: list, advantages: Tensor, chunk_size: int):
-    """Add a batch's part of the gradient of its chunk's mean loss.
+def add_gradient(run: Run, samples: Samples, indices: list, advantages: Tensor, chunk_size: int):
+    """Add the gradient of a batch's part of the mean loss over a chunk of that size.
 
-    Returns its part of the chunk's mean statistics. These are those of `grpo_loss`, and
-    `ratio_deviation`, the largest |ratio - 1| of a batch at a step.
+    Returns its part of the chunk's means: the statistics of `grpo_loss`, and `ratio_deviation`, the
+    largest |ratio - 1| of a batch at a step, averaged like the others.
     """
     config = run.config
     transformer = run.pipe.transformer
     times = samples.times
-    count = len(images)
-    batch = padded(images, config.batch_size)
-    prompts = [samples.records[i]["prompt"] for i in batch]
+    count = len(indices)
+    filled = padded(indices, config.batch_size)
+    prompts = [samples.records[i]["prompt"] for i in filled]
     velocity = velocity_along(run, times, samples.texts, prompts)
-    latents = samples.latents[batch].to(run.device)
-    old_log_probs = samples.log_probs[images].to(run.device)
-    advantage = advantages[images].to(run.device)
+    latents = samples.latents[filled].to(run.device)
+    old_log_probs = samples.log_probs[indices].to(run.device)
+    advantage = advantages[indices].to(run.device)
     weight = count / chunk_size / len(samples.trained)
     totals = Counter()
 
@@ -454,15 +462,16 @@ def add_gradient(run: Run, samples: Samples, images: list, advantages: Tensor, c
         _, log_prob, mean, std = score_step(k)
         kl = torch.zeros_like(log_prob)
         if config.beta > 0:
-            # The reference is the base model: the same network with its adapter off.
+            # The reference is the base model. It takes no memory, being the same network with its
+            # adapter off.
             transformer.disable_adapters()
             with torch.no_grad():
                 _, _, ref_mean, _ = score_step(k)
             transformer.enable_adapters()
-            # The factor |dt| is not in [P]. [C] leaves |dt| out of the variance, which comes to the
-            # same, and the published betas are for that. By it, late steps with little noise count
-            # more, which keeps images good. Without it the KL is exact, but 25 times (at the first
-            # step) to 4 times as large, so beta should be a tenth.
+            # The factor |dt| is not in [P]. [C] has it, as it leaves |dt| out of the variance, and
+            # the published betas are for it. It gives late steps, with little noise, more weight,
+            # for the images' quality. Without it, the KL is exact, and 25 times (first step) to 4
+            # times (ninth) as large, so divide beta by about 10.
             kl = gaussian_kl(mean, ref_mean, std) * (times[k] - times[k + 1])
         log_prob = log_prob[:count]
         old = old_log_probs[:, k]
@@ -476,10 +485,10 @@ def add_gradient(run: Run, samples: Samples, images: list, advantages: Tensor, c
 
 
 def optimizer_step(run: Run) -> float:
-    """Step along the gradient; average the adapter when due. Returns the gradient's norm.
+    """Clip the gradient's norm to 1, step, and update the average when due.
 
-    The norm is infinite if the loss scale was too large. Then the scaler lowers the scale and skips
-    the step, which does not count as an update. Raises UserError if the scale is 1 already.
+    Returns the norm before. It is infinite if the loss scale was too large: then the scaler lowers
+    the scale and skips the step, which does not count. Raises UserError if the scale is 1 already.
     """
     sum_gradients(run.parameters)
     run.scaler.unscale_(run.optimizer)
@@ -492,7 +501,7 @@ def optimizer_step(run: Run) -> float:
     if math.isfinite(norm):
         run.updates += 1
         if run.updates % run.config.ema_interval == 0:
-            # The decay warms up by optimiser steps, as in [C].
+            # As in [C], the decay's warm-up counts optimiser steps, not those of the average.
             run.ema.optimization_step = run.updates
             run.ema.step(list(run.parameters))
     return norm
@@ -500,10 +509,10 @@ def optimizer_step(run: Run) -> float:
 
 @torch.no_grad()
 def evaluate(run: Run):
-    """Draw as one deploys, by 40 ODE steps with the averaged adapter.
+    """Draw as a user does, by 40 ODE steps with the averaged adapter.
 
-    The n-th prompt has seed n, and the noise that a stock pipeline draws from such a generator. So
-    the images are that pipeline's, up to rounding, which differs with the batch size.
+    Prompt n, from 0, has the noise that a stock pipeline draws with a CPU generator of seed n. So
+    the images are that pipeline's up to rounding: latents stay in float32, and batches differ.
     Returns means of the reward's columns, and the first 16 images.
     """
     times = schedule(run.pipe.scheduler, EVAL_STEPS)
@@ -512,17 +521,17 @@ def evaluate(run: Run):
     columns = {}
     run.ema.store(run.parameters)
     run.ema.copy_to(run.parameters)
-    for batch in batches(run, range(len(run.eval_records)), "evaluation"):
-        records = [run.eval_records[i] for i in batch]
+    for indices in batches(run, range(len(run.eval_records)), "evaluation"):
+        records = [run.eval_records[i] for i in indices]
         velocity = velocity_along(run, times, texts, [record["prompt"] for record in records])
         noise = [
             torch.randn(run.latent_shape, generator=torch.manual_seed(i), dtype=dtype)
-            for i in batch
+            for i in indices
         ]
         path, _ = rollout(velocity, torch.stack(noise).to(run.device), times, noise_level=0.0)
         images = decode(run.pipe.vae, path[:, -1])
         scores = score_images(run.reward, images, records)
-        columns[batch[0]] = {**scores, "images": images[: max(0, 16 - batch[0])].cpu()}
+        columns[indices[0]] = {**scores, "images": images[: max(0, 16 - indices[0])].cpu()}
     run.ema.restore(run.parameters)
     columns = gathered(columns)
     images = columns.pop("images")
@@ -725,7 +734,7 @@ def score_images(reward: Reward, images: Tensor, records: list) -> dict:
             for prompt, value in zip(prompts, column.tolist(), strict=True):
                 if not math.isfinite(value):
                     raise ValueError(f"{name} is {value} for '{prompt}'")
-        return {"reward": next(iter(columns.values())), **columns}
+        return {**columns, "reward": next(iter(columns.values()))}
     except (Exception, SystemExit) as e:
         due = f"where {len(records)} finite numbers were due"
         raise UserError(
@@ -838,7 +847,7 @@ def restore(run: Run, state: dict):
 
 
 @cache
-def tensorboard(out: Path) -> SummaryWriter:
+def tensorboard(out: Path):
     return SummaryWriter(out / "tensorboard", flush_secs=1)
 
 
@@ -847,7 +856,7 @@ def log(run: Run, metrics: dict, images: Tensor | None = None):
     run.metrics.append({"epoch": run.epoch, **metrics})
     if RANK > 0:
         return
-    out = Path(run.config.output_dir)
+    out = Path(run.config.output_dir).absolute()
     if images is not None:
         grid = out / "samples" / f"epoch_{run.epoch:05}.png"
         atomic(grid, lambda path: save_image(images, path, nrow=4, format="png"))
@@ -893,7 +902,7 @@ def why(e):
     # cuDNN finds no engine when memory is short.
     if re.search("of memory|te memory|MemoryError|ALLOC_FAILED|unable to find an engine", summary):
         return OUT_OF_MEMORY
-    if "gloo" in summary:
+    if "gloo/" in summary:
         return LEFT_ALONE
     return summary
 
@@ -940,7 +949,7 @@ def configure(argv):
     return config, state
 
 
-def start(argv) -> Run:
+def start(argv):
     """All that comes before training: what is cheap to check first, the large model last."""
     if PROCESSES > 1:
         join_processes()

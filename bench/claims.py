@@ -1,299 +1,424 @@
-"""The paper's claims about Flow-GRPO, tried on the embedded model.
+"""Do the paper's claims about Flow-GRPO hold on the embedded model?
 
-    python bench/claims.py NAME     gain, steps, kl, noise, group, baselines, all of these; or rates
+    python bench/claims.py NAME...
 
-trains each variant with `--seeds` seeds, and writes a table (mean, least and most) and a figure, NAME.md and
-NAME.png in OUTPUT_DIR. Interrupted, the same command goes on. After a change of the code, take a new folder.
+trains each variant of these claims with each seed, and adds a line for each run to claims.jsonl in
+the output folder. From all lines there it makes claims.md, tables with the mean, the least and the
+most over the seeds, and claims.png. Interrupted, the same command goes on. With `--seeds 0` it only
+makes the tables and the figure. After a change of the code, take a new folder.
 
-gain       reinforcement learning raises text accuracy
-steps      rollouts of 10 steps do as well as those of 40, and are faster
-kl         without a KL penalty the reward rises, and the images decay
-noise      a moderate noise level explores best
-group      small groups are unstable
-baselines  online RL beats fine-tuning on the best images, reward-weighted regression and Flow-DPO
-rates      what the learning rates of `baselines` were chosen by, on other prompts and another seed
+gain       Reinforcement learning raises text accuracy.
+steps      Rollouts of 10 steps do as well as those of 40, and are faster.
+kl         Without a KL penalty the reward rises, and the images decay.
+noise      A moderate noise level explores best.
+group      Small groups are unstable.
+baselines  Online RL beats fine-tuning on the best images, reward-weighted regression and Flow-DPO.
+all        All of these.
+rates      By this the learning rates of `baselines` were chosen, on other prompts and seed 100.
 """
 
-import io
 import json
+import math
 import platform
 import re
+import subprocess
 import sys
+import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from datetime import date
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
+import baselines
 import torch
-import torch.nn.functional as F
-from judge import HERE, flow_grpo, judge, make
+from judge import flow_grpo, judge, make
 from matplotlib.figure import Figure
-from torch import Tensor
 from tqdm import tqdm
 
-GOAL = 0.85  # the accuracy that `minutes to` is about
-REAL_UPDATE, REAL_LOG = flow_grpo.update, flow_grpo.log
-
-
-# ---- The baselines' losses, on P groups with K images each. `error` is each image's flow-matching error, the
-# mean of (velocity - (noise - image))^2 over its elements, `ref_error` that of the base model: both [P, K].
-def sft_loss(error: Tensor, ref_error: Tensor | None, advantages: Tensor) -> Tensor:
-    """Supervised fine-tuning on all that tie for a group's best image, as in the authors' code."""
-    best = (advantages == advantages.amax(1, keepdim=True)).float()
-    return (best * error).sum() / best.sum()
-
-
-def rwr_loss(error: Tensor, ref_error: Tensor | None, advantages: Tensor) -> Tensor:
-    """Reward-weighted regression: each image weighs exp(advantage), normalised over its group."""
-    return (advantages.softmax(1) * error).sum(1).mean()
-
-
-def dpo_loss(error: Tensor, ref_error: Tensor, advantages: Tensor, beta: float = 100) -> Tensor:
-    """Flow-DPO (arXiv 2501.13918): a group's best image against its worst. Beta as in yifan123/flow_grpo."""
-    gain = ref_error - error
-    best, worst = (gain.gather(1, f(1, keepdim=True)) for f in (advantages.argmax, advantages.argmin))
-    return -F.logsigmoid(beta / 2 * (best - worst)).mean()
-
-
-def baseline(loss_of: Callable, ranks, run, samples, generator: torch.Generator) -> dict[str, float]:
-    """In place of flow_grpo.update, on the images of these ranks in each group, the best being the first.
-    It takes as many optimiser steps, and sees each of these images at 7 times."""
-    config, network, stats = run.config, run.pipe.transformer, []
-    on = {"generator": generator, "device": run.device}
-    advantages = flow_grpo.group_advantages(samples.columns["reward"].view(-1, config.group_size))
-    useful = advantages.any(1) | (loss_of is not dpo_loss)  # Among images that score alike, none is better.
-    groups = useful.nonzero().flatten()[torch.randperm(int(useful.sum()), **on).cpu()]
-    everything = samples.latents[:, -1].unflatten(0, advantages.shape)
-
-    def error(x: Tensor, t: float, target: Tensor, text) -> Tensor:
-        velocity = flow_grpo.velocity_along(run, [t], text)(x.flatten(0, 1), 0)
-        return ((velocity - target.flatten(0, 1)) ** 2).mean((1, 2, 3)).view(x.shape[:2])
-
-    for group in (g for g in groups.tensor_split(config.updates_per_epoch) if len(g)):
-        pick = advantages[group].argsort(dim=1, descending=True, stable=True)[:, ranks]
-        a, images = (s[group[:, None], pick].to(run.device) for s in (advantages, everything))
-        text = flow_grpo.rows(samples.text, group.repeat_interleave(pick.shape[1]).tolist(), run.device)
-        # SD3's times of training, logit-normal and shifted by 3, one from each of seven equal shares.
-        shares = (torch.arange(7, device=run.device) + torch.rand(7, **on)) / 7
-        for s in torch.special.ndtri(shares.clamp(1e-4, 1 - 1e-4)).sigmoid().tolist():
-            t = 3 * s / (1 + 2 * s)
-            noise = torch.randn(len(group), 1, *run.latent_shape, **on)  # a group's images share it
-            known, ref_error = ((1 - t) * images + t * noise, t, noise - images, text), None
-            if loss_of is dpo_loss:
-                network.disable_adapters()
-                with torch.no_grad():
-                    ref_error = error(*known)
-                network.enable_adapters()
-            loss = loss_of(error(*known), ref_error, a)
-            run.scaler.scale(loss / len(shares)).backward()
-            stats.append({"loss": loss.item()})
-        stats[-1]["grad_norm"] = flow_grpo.optimizer_step(run)
-    return {name: mean(s[name] for s in stats if name in s) for name in stats[-1]} if stats else {}
-
-
-# ---- The variants of each claim: the settings in which they differ. `steps` is flow_grpo.TRAIN_STEPS.
-LONG, SHORT = {"epochs": 60, "eval_every": 10}, {"epochs": 25, "eval_every": 5}
-# The baselines draw by the ODE, as their data are images, not trajectories: noise 0.001 is as good as none.
-ODE = {"sde_steps": 10, "sde_range": 10, "noise_level": 0.001}
+GOAL = 0.85  # the accuracy that `minutes to accuracy` is about
 UPDATES = {
-    "Flow-GRPO": REAL_UPDATE,
-    "SFT": partial(baseline, sft_loss, slice(None)),
-    "RWR": partial(baseline, rwr_loss, slice(None)),
-    "Flow-DPO": partial(baseline, dpo_loss, [0, -1]),
+    "Flow-GRPO": flow_grpo.update,
+    "SFT": partial(baselines.update, baselines.sft_loss),
+    "RWR": partial(baselines.update, baselines.rwr_loss),
+    "Flow-DPO": partial(baselines.update, baselines.dpo_loss),
 }
-METHODS = {name: {} if name == "Flow-GRPO" else ODE | {"update": name} for name in UPDATES}
-RATES = {"Flow-GRPO": 1e-2, "SFT": 1e-2, "RWR": 3e-3, "Flow-DPO": 3e-3}  # the highest exact share in `rates`
+
+# ---- The variants of each claim, by what differs from these settings.
+DEFAULTS = {
+    **vars(flow_grpo.TINY),
+    "model": "tiny-sd3",
+    "prompt_file": "prompts.txt",
+    "steps": 10,  # flow_grpo.TRAIN_STEPS
+    "update": "Flow-GRPO",
+}
+LONG = {"epochs": 60, "eval_every": 10}
+SHORT = {"epochs": 25, "eval_every": 5}
+NO_KL = SHORT | {"beta": 0.0}
+# The baselines learn from images, not from steps, and draw them by the ODE.
+BASELINE = SHORT | {"noise_level": 0.0}
+SFT = BASELINE | {"update": "SFT"}
+RWR = BASELINE | {"update": "RWR"}
+DPO = BASELINE | {"update": "Flow-DPO"}
 CLAIMS = {
     "gain": {"Flow-GRPO": LONG},
-    # In all of `steps`, the noise ends at t = .45 to .50. Beta is 0 there and in `noise`, because the KL
-    # is divided by std^2 and multiplied by |dt|: one beta would be another penalty in each variant.
+    # The KL is divided by std^2 and multiplied by |dt|, so that one beta would be another penalty
+    # in each variant of `steps` and `noise`. The noise of `steps` ends at t = .45 to .50.
     "steps": {
-        f"{n} steps": SHORT | {"beta": 0, "steps": n, "sde_steps": k, "sde_range": k}
-        for n, k in ((5, 3), (10, 7), (20, 15), (40, 30))
+        "5 steps": NO_KL | {"steps": 5, "sde_steps": 3, "sde_range": 3},
+        "10 steps": NO_KL | {"steps": 10, "sde_steps": 7, "sde_range": 7},
+        "20 steps": NO_KL | {"steps": 20, "sde_steps": 15, "sde_range": 15},
+        "40 steps": NO_KL | {"steps": 40, "sde_steps": 30, "sde_range": 30},
     },
-    "kl": {f"beta {b:g}": LONG | {"beta": b} for b in (0, 0.13, 0.4, 1.2)},
-    "noise": {f"noise {a}": SHORT | {"beta": 0, "noise_level": a} for a in (0.1, 0.4, 0.7, 1.0)},
+    "kl": {
+        "beta 0": LONG | {"beta": 0.0},
+        "beta 0.13": LONG | {"beta": 0.13},
+        "beta 0.4": LONG | {"beta": 0.4},
+        "beta 1.2": LONG | {"beta": 1.2},
+    },
+    "noise": {
+        "noise 0.1": NO_KL | {"noise_level": 0.1},
+        "noise 0.4": NO_KL | {"noise_level": 0.4},
+        "noise 0.7": NO_KL | {"noise_level": 0.7},
+        "noise 1.0": NO_KL | {"noise_level": 1.0},
+    },
     "group": {
-        f"{p} groups of {g}": SHORT | {"group_size": g, "prompts_per_epoch": p}
-        for p, g in ((48, 4), (24, 8), (12, 16), (8, 24))
+        "48 groups of 4": SHORT | {"prompts_per_epoch": 48, "group_size": 4},
+        "24 groups of 8": SHORT | {"prompts_per_epoch": 24, "group_size": 8},
+        "12 groups of 16": SHORT | {"prompts_per_epoch": 12, "group_size": 16},
+        "8 groups of 24": SHORT | {"prompts_per_epoch": 8, "group_size": 24},
     },
-    "baselines": {
-        **{f"{m}, {rate:g}": METHODS[m] | SHORT | {"learning_rate": rate} for m, rate in RATES.items()},
+    "baselines": {  # each with the learning rate of the highest exact share in `rates`
+        "Flow-GRPO, 0.01": SHORT | {"learning_rate": 1e-2},
+        "SFT, 0.01": SFT | {"learning_rate": 1e-2},
+        "RWR, 0.003": RWR | {"learning_rate": 3e-3},
+        "Flow-DPO, 0.003": DPO | {"learning_rate": 3e-3},
         "Flow-GRPO, 0.003 (the default)": SHORT,
-        "Flow-GRPO, 0.003, beta 0": SHORT | {"beta": 0},
+        "Flow-GRPO, 0.003, beta 0": NO_KL,
     },
-    "rates": {
-        f"{name}, {rate:g}": settings | SHORT | {"epochs": 20, "learning_rate": rate, "tuning": True}
-        for name, settings in METHODS.items()
-        for rate in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-    },
+    "rates": {},
 }
+TUNING = {"epochs": 20, "eval_prompt_file": "tuning.txt"}
+for name, method in {"Flow-GRPO": SHORT, "SFT": SFT, "RWR": RWR, "Flow-DPO": DPO}.items():
+    for rate in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2):
+        CLAIMS["rates"][f"{name}, {rate:g}"] = method | TUNING | {"learning_rate": rate}
 
 
-def folder_of(variant: dict, seed: int, out: Path) -> Path:
-    """Named by what tells runs apart: the length, and what isn't the embedded model's default."""
-    defaults = {name: row[1] for name, row in flow_grpo.SETTINGS.items() if name != "epochs"} | {"steps": 10}
-    changed = sorted(name for name in variant.keys() - {"eval_every"} if variant[name] != defaults.get(name))
-    return out / "_".join(f"{name}-{variant[name]}" for name in changed) / f"seed-{seed}"
+# ---- Running. A record is a line of claims.jsonl.
+def read_records(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def epochs_done(folder: Path) -> int:
-    metrics = folder / "metrics.jsonl"
-    return max((json.loads(line)["epoch"] for line in metrics.open()), default=0) if metrics.exists() else 0
+def add_record(path: Path, record: dict) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def measure(variant: dict, seed: int, out: Path, progress: tqdm) -> dict:
-    """Train one variant with one seed, or go on with it, and judge it. Returns what its .json file holds."""
-    folder, flags = folder_of(variant, seed, out), dict(variant)
-    if (record := folder.with_suffix(".json")).exists():
-        return json.loads(record.read_text())
-    folder.mkdir(parents=True, exist_ok=True)
-    progress.set_postfix_str(f"{folder.parent.name}, {folder.name}")
-    done = epochs_done(folder)
+def names_of(settings: dict) -> dict[str, str]:
+    """The claims that a run with these settings belongs to, each with the variant's name."""
+    names = {}
+    for claim, variants in CLAIMS.items():
+        for name, variant in variants.items():
+            if DEFAULTS | variant | {"seed": settings["seed"]} == settings:
+                names[claim] = name
+    return names
 
-    def log(run, *rest):
-        nonlocal done
-        REAL_LOG(run, *rest)
-        progress.update(variant.get("steps", 10) * (run.epoch - done))
-        done = run.epoch
 
-    flow_grpo.TRAIN_STEPS = flags.pop("steps", 10)
-    flow_grpo.update, flow_grpo.log = UPDATES[flags.pop("update", "Flow-GRPO")], log
-    if flags.pop("tuning", False):  # Settings are chosen on numbers that are not in prompts.txt.
-        flags["eval_prompt_file"] = out / "tuning.txt"
-        tuning = (make.PROMPT.format(n) + "\n" for n in make.split_numbers()[2] * 2)
-        flags["eval_prompt_file"].write_text("".join(tuning), encoding="utf-8")
-    flags |= dict(model=HERE / "tiny-sd3", prompt_file=HERE / "prompts.txt", output_dir=folder, seed=seed)
-    argv = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-    if (folder / "checkpoint.pt").exists():
-        argv = ["--resume", str(folder)]
-    with open(folder / "log.txt", "a") as text, redirect_stdout(text), redirect_stderr(text):
-        code = flow_grpo.main(argv)
-    if code == 130:
-        raise KeyboardInterrupt
-    if code:  # flow_grpo.py alone can't go on with the run as it is here.
-        error = (folder / "log.txt").read_text().splitlines()[-1].split("; to go on")[0]
-        if flow_grpo.DIVERGED not in error:
-            sys.exit(f"{error}; the same command goes on")
-        progress.write(f"{folder}: {error}")
-    seconds, points = 0.0, []
-    for m in map(json.loads, (folder / "metrics.jsonl").open()):
-        seconds += m.get("seconds_rollout", 0) + m.get("seconds_update", 0)
-        if "eval_reward" in m:
-            points.append([m["epoch"], seconds / 60, m["eval_ocr_accuracy"], m["eval_reward"]])
-    text = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    name = (re.findall("model name.*: (.*)", text) or [platform.machine()])[0]
+def runs_left(claims: list[str], only: list[str], seeds: list[int], records: list) -> list[dict]:
+    """The settings of the runs that are not in the records yet, each once."""
+    left = []
+    for seed in seeds:
+        for claim in claims:
+            for name, variant in CLAIMS[claim].items():
+                settings = DEFAULTS | variant | {"seed": seed}
+                known = [r for r in records if r["claims"].get(claim) == name]
+                done = any(r.get("seed") == seed for r in known)
+                wanted = not only or name in only
+                if wanted and not done and settings not in left:
+                    left.append(settings)
+    return left
+
+
+def start(settings: dict, folder: Path) -> flow_grpo.Run:
+    """The run with these settings, as far as it has come in this folder."""
+    given = dict(settings)
+    flow_grpo.TRAIN_STEPS = given.pop("steps")
+    del given["update"]
+    given["model"] = str(flow_grpo.HERE / given["model"])
+    given["prompt_file"] = str(flow_grpo.HERE / given["prompt_file"])
+    given["output_dir"] = str(folder)
+    if given["eval_prompt_file"]:
+        # Settings are chosen on numbers that are not in prompts.txt, two signs of each.
+        tuning_numbers = make.split_numbers()[2]
+        path = folder / given["eval_prompt_file"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        prompts = [make.PROMPT.format(number) for number in tuning_numbers]
+        path.write_text("\n".join(prompts * 2), encoding="utf-8")
+        given["eval_prompt_file"] = str(path)
+    config = flow_grpo.Config(**given)
+    reward = flow_grpo.load_reward(config.reward)
+    prompts = flow_grpo.split_prompts(config, reward)
+    run = flow_grpo.prepare(config, flow_grpo.load_pipeline(config.model), reward, *prompts)
+    checkpoint = folder / "checkpoint.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        flow_grpo.restore(run, state)
+    return run
+
+
+def train(run: flow_grpo.Run, update) -> None:
+    """As flow_grpo.train, with this update in place of flow_grpo.update."""
+    config = run.config
+    evaluated = [line["epoch"] for line in run.metrics if "eval_reward" in line]
+    for epoch in range(run.epoch, config.epochs + 1):
+        due = epoch % config.eval_every == 0 or epoch == config.epochs
+        if due and epoch not in evaluated:
+            flow_grpo.log(run, *flow_grpo.evaluate(run))
+        if epoch < config.epochs:
+            start = time.perf_counter()
+            samples = flow_grpo.collect(run)
+            metrics = flow_grpo.averages(samples.columns, samples.records)
+            metrics |= update(run, samples)
+            metrics["seconds"] = time.perf_counter() - start
+            run.epoch += 1
+            flow_grpo.log(run, metrics)
+
+
+def evaluations(metrics: list[dict]) -> list[dict]:
+    """The evaluations among a run's metrics, with the minutes of rollout and update until then."""
+    seconds = 0.0
+    found = []
+    for line in metrics:
+        seconds += line.get("seconds", 0)
+        if "eval_reward" in line:
+            found.append(
+                {
+                    "epoch": line["epoch"],
+                    "minutes": seconds / 60,
+                    "accuracy": line["eval_ocr_accuracy"],
+                    "reward": line["eval_reward"],
+                }
+            )
+    return found
+
+
+def origin() -> dict[str, str]:
+    """What made a record: the commit, the machine, the date."""
+    command = ["git", "-C", str(flow_grpo.HERE), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    cpus = Path("/proc/cpuinfo")
+    text = cpus.read_text() if cpus.exists() else ""
+    cpu = re.search("model name.*: (.*)", text)
+    name = cpu[1] if cpu else platform.machine()
     machine = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    result = {"settings": variant | {"seed": seed}, "machine": machine, "points": points, "diverged": code}
-    with redirect_stderr(io.StringIO()):
-        result |= {name: value for name, (value, _) in judge(folder).items()}
-    flow_grpo.atomic(record, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
-    return result
+    return {"commit": commit, "machine": machine, "date": date.today().isoformat()}
 
 
-# ---- Tables and figures.
-def minutes_to_goal(result: dict) -> float:
-    """When the accuracy crossed GOAL, between evaluations by a straight line; infinite if it never did."""
-    for (_, m0, a0, _), (_, m1, a1, _) in zip(result["points"], result["points"][1:]):
-        if a1 >= GOAL:
-            return m0 + (m1 - m0) * max(0.0, (GOAL - a0) / (a1 - a0)) if a0 < GOAL else m0
-    return float("inf")
+def measure(settings: dict, path: Path) -> None:
+    """Train one variant with one seed, judge it, and add its record to the file."""
+    claims = names_of(settings)
+    claim, name = next(iter(claims.items()))
+    folder = path.parent / claim / name / f"seed-{settings['seed']}"
+    print(folder, flush=True)
+    run = start(settings, folder)
+    diverged = False
+    try:
+        train(run, UPDATES[settings["update"]])
+    except flow_grpo.UserError as e:
+        if flow_grpo.DIVERGED not in str(e):
+            raise
+        diverged = True
+        print(e)
+    if not any(record["claims"].get(claim) == "base model" for record in read_records(path)):
+        same_prompts = [c for c in CLAIMS if (c == "rates") == (claim == "rates")]
+        numbers = judge(folder, base=True)
+        for place, label in enumerate(["base model", "real signs"]):
+            record = {"claims": dict.fromkeys(same_prompts, label), **origin()}
+            record["judgement"] = {name: pair[place] for name, pair in numbers.items()}
+            add_record(path, record)
+    judgement = {name: value for name, (value, of_signs) in judge(folder).items()}
+    record = {
+        "claims": claims,
+        "seed": settings["seed"],
+        "settings": settings,
+        **origin(),
+        "evaluations": evaluations(run.metrics),
+        "judgement": judgement,
+        "diverged": diverged,
+    }
+    add_record(path, record)
+
+
+# ---- Tables.
+def judgements(claim: str, records: list[dict]) -> dict[str, dict]:
+    """The judgements of the base model and of real signs."""
+    found = {}
+    for name in ("base model", "real signs"):
+        for record in records:
+            if record["claims"].get(claim) == name:
+                found[name] = record["judgement"]
+    return found
+
+
+def runs_of(claim: str, records: list[dict]) -> dict[str, list[dict]]:
+    """Each variant's records by seed."""
+    runs = {}
+    for name in CLAIMS[claim]:
+        known = [record for record in records if record["claims"].get(claim) == name]
+        if known:
+            runs[name] = sorted(known, key=lambda record: record["seed"])
+    return runs
+
+
+def minutes_to_goal(record: dict) -> float:
+    """When the accuracy crossed GOAL, by straight lines; infinite if it never did."""
+    points = record["evaluations"]
+    for before, after in pairwise(points):
+        low = before["accuracy"]
+        high = after["accuracy"]
+        if low >= GOAL:
+            return before["minutes"]
+        if high >= GOAL:
+            share = (GOAL - low) / (high - low)
+            return before["minutes"] + (after["minutes"] - before["minutes"]) * share
+    return math.inf
 
 
 COLUMNS = {
-    "accuracy": lambda r: r["points"][-1][2],
-    "reward": lambda r: r["points"][-1][3],
-    "exact": lambda r: r["exact"],
-    "spread": lambda r: r["spread"],
-    "Fréchet distance": lambda r: r["frechet"],
-    "minutes": lambda r: r["points"][-1][1],
+    "accuracy": lambda record: record["evaluations"][-1]["accuracy"],
+    "reward": lambda record: record["evaluations"][-1]["reward"],
+    "exact": lambda record: record["judgement"]["exact"],
+    "spread": lambda record: record["judgement"]["spread"],
+    "Fréchet distance": lambda record: record["judgement"]["frechet"],
+    "minutes": lambda record: record["evaluations"][-1]["minutes"],
     f"minutes to accuracy {GOAL}": minutes_to_goal,
 }
 
 
 def cell(values: list[float]) -> str:
-    """Mean (least to most) of the finite values in three digits, and how many these are if not all."""
-    finite = [v for v in values if v < float("inf")]
-    low, middle, high = (f"{f(finite):.3g}" if finite else "never" for f in (min, mean, max))
-    share = f", {len(finite)} of {len(values)}" if 0 < len(finite) < len(values) else ""
-    return f"{middle} ({low} to {high}{share})" if low != high or share else middle
+    """Mean (least to most) of the finite values, and how many these are if not all."""
+    finite = [value for value in values if value < math.inf]
+    if not finite:
+        return "never"
+    middle = f"{mean(finite):.3g}"
+    low = f"{min(finite):.3g}"
+    high = f"{max(finite):.3g}"
+    if len(finite) < len(values):
+        return f"{middle} ({low} to {high}, {len(finite)} of {len(values)})"
+    return f"{middle} ({low} to {high})" if low != high else middle
 
 
-def table(name: str, results: dict[str, list[dict]], base: dict) -> str:
-    lines = [f"| {name} | epochs | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
-    _, _, *start = next(iter(results.values()))[0]["points"][0]
-    for row, (label, known) in enumerate({"base model": start, "real signs": ["", ""]}.items()):
-        cells = [*known, *(base[key][row] for key in ("exact", "spread", "frechet")), "", ""]
-        lines.append(f"| {label} | | " + " | ".join("" if c == "" else f"{c:.3g}" for c in cells) + " |")
-    for label, runs in results.items():
-        cells = [cell([column(r) for r in runs]) for column in COLUMNS.values()]
-        label += " (one or more diverged)" if any(r["diverged"] for r in runs) else ""
-        lines.append(f"| {label} | {runs[0]['settings']['epochs']} | " + " | ".join(cells) + " |")
-    seeds = ", ".join(str(r["settings"]["seed"]) for r in next(iter(results.values())))
-    machines = "; ".join(sorted({r["machine"] for runs in results.values() for r in runs}))
-    note = f"Mean (least to most) over seeds {seeds}. Minutes are of rollout and update: {machines}."
-    return "\n".join([*lines, "", note, ""])
+def row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
-def draw(name: str, results: dict[str, list[dict]], base: dict, axes, second: bool) -> None:
-    """Accuracy by epoch (second: time), the mean between least and most; without runs that diverged. For
-    `kl`, exact (second: spread) against the Fréchet distance, one point a run."""
-    across, up = "minutes of rollout and update" if second else "epoch", "accuracy"
-    if name == "kl":
-        across, up = "Fréchet distance to real signs", "spread" if second else "exact"
-        axes.plot([base["frechet"]], [base[up]], "*", label=["base model", "real signs"])
-    for label, runs in results.items():
-        if name == "kl":
-            axes.plot([r["frechet"] for r in runs], [r[up] for r in runs], "o", label=label)
-            continue
-        points = list(zip(*(r["points"] for r in runs if not r["diverged"])))  # evaluation by evaluation
-        x, y = [mean(p[second] for p in ps) for ps in points], [[p[2] for p in ps] for ps in points]
-        (line,) = axes.plot(x, list(map(mean, y)), "o-", markersize=3, label=label)
-        axes.fill_between(x, list(map(min, y)), list(map(max, y)), color=line.get_color(), alpha=0.15)
-    axes.set(title=name, xlabel=across, ylabel=up)
-    axes.legend(fontsize=8)
+def table(claim: str, records: list[dict]) -> str:
+    runs = runs_of(claim, records)
+    every_run = [record for known in runs.values() for record in known]
+    first = every_run[0]["evaluations"][0]
+    known = {"base model": [f"{first[key]:.3g}" for key in ("accuracy", "reward")]}
+    seeds = sorted({record["seed"] for record in every_run})
+    lines = [row([claim, "epochs", *COLUMNS]), "|---" * (len(COLUMNS) + 2) + "|"]
+    for name, judgement in judgements(claim, records).items():
+        judged = [f"{judgement[key]:.3g}" for key in ("exact", "spread", "frechet")]
+        cells = [*known.get(name, ["", ""]), *judged, "", ""]
+        lines.append(f"| {name} | | " + " | ".join(cells) + " |")
+    for name, known in runs.items():
+        label = name
+        if any(record["diverged"] for record in known):
+            label += " (one or more diverged)"
+        if len(known) < len(seeds):
+            label += f" (seeds {', '.join(str(record['seed']) for record in known)})"
+        cells = [cell([column(record) for record in known]) for column in COLUMNS.values()]
+        lines.append(row([label, str(known[0]["settings"]["epochs"]), *cells]))
+    machines = "; ".join(sorted({record["machine"] for record in every_run}))
+    over = f"Mean (least to most) over seeds {', '.join(map(str, seeds))}."
+    lines += ["", f"{over} Minutes are of rollout and update: {machines}.", ""]
+    return "\n".join(lines)
+
+
+# ---- The figure.
+def draw_kl(axes, runs: dict, judged: dict) -> None:
+    """The exact share by the Fréchet distance, a point for each run."""
+    for name, judgement in judged.items():
+        axes.plot([judgement["frechet"]], [judgement["exact"]], "*", label=name)
+    for name, known in runs.items():
+        x = [record["judgement"]["frechet"] for record in known]
+        y = [record["judgement"]["exact"] for record in known]
+        axes.plot(x, y, "o", label=name)
+    axes.set(title="kl", xlabel="Fréchet distance to real signs", ylabel="exact")
+
+
+def draw_accuracy(axes, claim: str, runs: dict) -> None:
+    """The accuracy, its mean between least and most, by epoch; by time where that is the claim."""
+    across = "minutes" if claim == "steps" else "epoch"
+    for name, known in runs.items():
+        # The n-th evaluation of each run that didn't diverge.
+        points = list(zip(*[r["evaluations"] for r in known if not r["diverged"]]))
+        x = [mean(point[across] for point in same) for same in points]
+        y = [[point["accuracy"] for point in same] for same in points]
+        means = [mean(values) for values in y]
+        low = [min(values) for values in y]
+        high = [max(values) for values in y]
+        (line,) = axes.plot(x, means, "o-", markersize=3, label=name)
+        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15)
+    label = "minutes of rollout and update" if claim == "steps" else "epoch"
+    axes.set(title=claim, xlabel=label, ylabel="accuracy")
+
+
+def draw(claims: list[str], records: list[dict], path: Path) -> None:
+    columns = min(3, len(claims))
+    rows = math.ceil(len(claims) / columns)
+    figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
+    places = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for claim, axes in zip(claims, places.flat):
+        runs = runs_of(claim, records)
+        if claim == "kl":
+            draw_kl(axes, runs, judgements(claim, records))
+        else:
+            draw_accuracy(axes, claim, runs)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=[*CLAIMS, "all"])
-    parser.add_argument("--seeds", type=int, default=3, help="how many (rates: 1, from seed 100)")
-    parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/claims"), help="default: %(default)s")
+    parser.add_argument("names", nargs="+", choices=[*CLAIMS, "all"], metavar="NAME")
+    parser.add_argument("--variants", nargs="+", default=[], help="these alone, as the tables say")
+    parser.add_argument("--seeds", type=int, default=3, help="how many (rates: 1 at the most)")
+    parser.add_argument("--first-seed", type=int, default=0, help="rates: always 100")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/claims"))
     args = parser.parse_args()
-    names = [n for n in CLAIMS if n != "rates"] if args.name == "all" else [args.name]
-    seeds = range(args.first_seed, args.first_seed + max(1, args.seeds)) if args.name != "rates" else [100]
-    (out := args.output_dir).mkdir(parents=True, exist_ok=True)
-    todo = [(v, seed) for seed in seeds for name in names for v in CLAIMS[name].values()]
-    todo = list({folder_of(*run, out): run for run in todo}.values())  # each once
-    left = [run for run in todo if not folder_of(*run, out).with_suffix(".json").exists()]
-    total = sum(v["epochs"] * v.get("steps", 10) for v, _ in left)
-    done = sum(epochs_done(folder_of(v, seed, out)) * v.get("steps", 10) for v, seed in left)
-    base = out / ("base-rates.json" if args.name == "rates" else "base.json")
+    names = args.names
+    if "all" in names:
+        names = [name for name in CLAIMS if name != "rates"]
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    path = args.output_dir / "claims.jsonl"
+    records = read_records(path)
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    left = runs_left([n for n in names if n != "rates"], args.variants, seeds, records)
+    if "rates" in names:
+        left += runs_left(["rates"], args.variants, [100][: args.seeds], records)
     try:
-        with tqdm(total=total, initial=done, unit="step", desc=args.name, smoothing=0) as progress:
-            for run in left:
-                measure(*run, out, progress)
-        if not base.exists():
-            judged = judge(folder_of(*todo[0], out), base=True)
-            flow_grpo.atomic(base, lambda path: path.write_text(json.dumps(judged)))
+        for settings in tqdm(left, desc="runs", disable=None):
+            measure(settings, path)
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on")
-    judged, whole = json.loads(base.read_text()), Figure(figsize=(15, 8), layout="constrained")
-    for name, axes in zip(names, whole.subplots(2, 3, sharey=True).flat):
-        results = {label: [measure(v, s, out, None) for s in seeds] for label, v in CLAIMS[name].items()}
-        (out / f"{name}.md").write_text(table(name, results, judged), encoding="utf-8")
-        print(table(name, results, judged))
-        one = Figure(figsize=(11, 4), layout="constrained")
-        for second, place in enumerate(one.subplots(1, 2)):
-            draw(name, results, judged, place, bool(second))
-        one.savefig(out / f"{name}.png", dpi=120)
-        draw(name, results, judged, axes, name == "steps")
-    if args.name == "all":
-        whole.savefig(out / "claims.png", dpi=100)
-    print(f"Tables and figures are in {out}")
+    records = read_records(path)
+    measured = [claim for claim in CLAIMS if runs_of(claim, records)]
+    text = "\n".join(table(claim, records) for claim in measured)
+    (args.output_dir / "claims.md").write_text(text, encoding="utf-8")
+    print(text)
+    drawn = [claim for claim in measured if claim != "rates"]
+    if drawn:
+        draw(drawn, records, args.output_dir / "claims.png")
+    print(f"The tables and the figure are in {args.output_dir}")
 
 
 if __name__ == "__main__":

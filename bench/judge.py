@@ -1,14 +1,17 @@
-"""Judge a run on the embedded model: how accurate, how varied, and how much like real signs its images are.
+"""How accurate and how varied are a run's images, and how much like real signs?
 
-    python bench/judge.py runs/<time>            the trained LoRA
-    python bench/judge.py runs/<time> --base     the base model, on the same prompts
+    python bench/judge.py runs/<time>            # the trained LoRA of a run on the embedded model
+    python bench/judge.py runs/<time> --base     # the base model, on the same prompts
 
-Draws the run's held-out prompts with the stock diffusers pipeline, by 40 ODE steps, from other seeds than the
-run's evaluations. Prints four numbers, with those of real signs (`draw_sign` of make.py) in brackets:
-exact: the share that PP-OCR reads exactly as asked.
-clean: the share that it reads as three digits, right or wrong.
-spread: the mean distance between two images, whose pixels are averaged 4 x 4.
-frechet: the Frechet distance of 8 x 4 thumbnails to those of four times as many real signs.
+It draws the run's held-out prompts by the stock diffusers pipeline, in 40 steps of the ODE, from
+other seeds than the run's evaluations. It prints four numbers, and those of as many real signs, by
+`draw_sign` of make.py, in brackets:
+
+exact    share of images in which PP-OCR reads just what was asked for
+clean    share of images in which PP-OCR reads three digits, right or wrong
+spread   mean distance between two images, each averaged over cells of 4 x 4 pixels
+frechet  Fréchet distance between thumbnails of 8 x 4 pixels of these images and of four times as
+         many other real signs; it is not FID, which compares the features of an Inception network
 """
 
 import argparse
@@ -17,77 +20,98 @@ import logging
 import random
 import re
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
-from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(HERE), str(HERE / "tiny-sd3")]
-make, flow_grpo = import_module("make"), import_module("flow_grpo")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tiny-sd3"))
+sys.path.insert(2, str(Path(__file__).resolve().parents[1] / "rewards"))
 
+import make
+import ocr
 
-def readings(images: Tensor) -> list[str]:
-    """What PP-OCR reads in images [N, 3, H, W] in 0..1, without spaces."""
-    pixels = (images * 255).round().byte().permute(0, 2, 3, 1).flip(-1).numpy()
-    engine = flow_grpo.ocr_engine(*pixels.shape[1:3])
-    return ["".join(engine(image).txts or ()).replace(" ", "") for image in pixels]
+import flow_grpo
 
 
 def spread(images: Tensor) -> float:
-    x = F.avg_pool2d(images, 4).flatten(1)
-    return torch.cdist(x, x).sum().item() / (len(x) * (len(x) - 1))
+    cells = F.avg_pool2d(images, 4).flatten(1)
+    distances = torch.cdist(cells, cells)
+    pairs = len(images) * (len(images) - 1)
+    return distances.sum().item() / pairs
 
 
 def frechet(images: Tensor, others: Tensor) -> float:
-    a, b = (F.adaptive_avg_pool2d(x, (4, 8)).flatten(1).double() for x in (images, others))
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root).item()
+    """|mean - mean'|^2 + trace(cov + cov' - 2 (cov cov')^(1/2)) of the thumbnails' pixels."""
+    a = F.adaptive_avg_pool2d(images, (4, 8)).flatten(1).double()
+    b = F.adaptive_avg_pool2d(others, (4, 8)).flatten(1).double()
+    cov_a = torch.cov(a.T)
+    cov_b = torch.cov(b.T)
+    squares = torch.linalg.eigvals(cov_a @ cov_b).real
+    root = squares.clamp(min=0).sqrt().sum()
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    distance = means + cov_a.trace() + cov_b.trace() - 2 * root
+    return distance.item()
+
+
+def measure(images: Tensor, words: list[str], others: Tensor) -> dict[str, float]:
+    """The four numbers of images [N, 3, H, W] that should show these words; others: real signs."""
+    texts = ocr.read(images)
+    exact = [text == word for text, word in zip(texts, words)]
+    clean = [re.fullmatch("[0-9]{3}", text) is not None for text in texts]
+    return {
+        "exact": sum(exact) / len(exact),
+        "clean": sum(clean) / len(clean),
+        "spread": spread(images),
+        "frechet": frechet(images, others),
+    }
+
+
+def draw_signs(words: list[str], rng: random.Random) -> Tensor:
+    signs = [torch.from_numpy(make.draw_sign(word, rng)) for word in words]
+    return torch.stack(signs).permute(0, 3, 1, 2) / 255
 
 
 @torch.no_grad()
-def judge(
-    run: Path, base: bool = False, count: int = 512, seed: int = 1_000_000
-) -> dict[str, tuple[float, float]]:
-    """The four numbers of a run's folder, each with that of real signs. `base`: without the run's LoRA."""
-    config = json.loads((run / "config.json").read_text())
-    records = [json.loads(line) for line in (run / "eval_prompts.jsonl").read_text().splitlines()]
-    records = [records[i % len(records)] for i in range(count)]
-    words = [flow_grpo.quoted_text(record) for record in records]
+def draw_images(folder: Path, base: bool, prompts: list[str], first_seed: int) -> Tensor:
+    """One image for each prompt, [N, 3, H, W]. base: without the LoRA of the run in this folder."""
+    config = json.loads((folder / "config.json").read_text())
     logging.disable(logging.WARNING)  # that the LoRA has no text encoders
     pipe = StableDiffusion3Pipeline.from_pretrained(config["model"])
     pipe.set_progress_bar_config(disable=True)
     if not base:
-        pipe.load_lora_weights(run)
-    size = {name: config[name] for name in ("height", "width", "guidance_scale", "max_sequence_length")}
+        pipe.load_lora_weights(folder)
+    how = {"num_inference_steps": flow_grpo.EVAL_STEPS, "output_type": "pt"}
+    for name in ("height", "width", "guidance_scale", "max_sequence_length"):
+        how[name] = config[name]
     drawn = []
-    for i in tqdm(range(0, len(records), 64), desc="drawing", unit="batch"):
-        prompts = [record["prompt"] for record in records[i : i + 64]]
-        seeds = [torch.Generator().manual_seed(seed + i + j) for j in range(len(prompts))]
-        drawn.append(
-            pipe(
-                prompts, num_inference_steps=flow_grpo.EVAL_STEPS, generator=seeds, output_type="pt", **size
-            ).images
-        )
-    images, rng = torch.cat(drawn), random.Random(seed)
-    signs = [torch.from_numpy(make.draw_sign(word, rng)).permute(2, 0, 1) / 255 for word in words * 5]
-    real, others = torch.stack(signs[: len(words)]), torch.stack(signs[len(words) :])
-    read, read_real = readings(images), readings(real)
+    for first in flow_grpo.bar(range(0, len(prompts), 64), "judging"):
+        batch = prompts[first : first + 64]
+        seeds = range(first_seed + first, first_seed + first + len(batch))
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        drawn.append(pipe(batch, generator=generators, **how).images)
+    return torch.cat(drawn)
 
-    def share(holds) -> tuple[float, float]:
-        return tuple(sum(map(holds, texts, words)) / len(words) for texts in (read, read_real))
 
-    return {
-        "exact": share(lambda text, word: text == word),
-        "clean": share(lambda text, word: bool(re.fullmatch("[0-9]{3}", text))),
-        "spread": (spread(images), spread(real)),
-        "frechet": (frechet(images, others), frechet(real, others)),
-    }
+def judge(
+    folder: Path, base: bool = False, count: int = 512, seed: int = 1_000_000
+) -> dict[str, tuple[float, float]]:
+    """The four numbers of a run's images, each with that of as many real signs."""
+    lines = (folder / "eval_prompts.jsonl").read_text().splitlines()
+    held_out = [json.loads(line) for line in lines]
+    records = [held_out[i % len(held_out)] for i in range(count)]
+    words = [ocr.quoted_text(record) for record in records]
+    prompts = [record["prompt"] for record in records]
+    images = draw_images(folder, base, prompts, seed)
+    rng = random.Random(seed)
+    signs = draw_signs(words, rng)
+    others = draw_signs(words * 4, rng)
+    of_images = measure(images, words, others)
+    of_signs = measure(signs, words, others)
+    return {name: (of_images[name], of_signs[name]) for name in of_images}
 
 
 def main() -> None:
@@ -98,8 +122,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--seed", type=int, default=1_000_000)
     args = parser.parse_args()
-    for name, (value, of_real) in judge(args.run, args.base, args.images, args.seed).items():
-        print(f"{name} {value:.3f} ({of_real:.3f})")
+    numbers = judge(args.run, args.base, args.images, args.seed)
+    for name, (value, of_signs) in numbers.items():
+        print(f"{name} {value:.3f} ({of_signs:.3f})")
 
 
 if __name__ == "__main__":

@@ -1,153 +1,358 @@
-"""Tests of claims.py: no network, no GPU; half a minute on 2 cores."""
+"""Tests of claims.py, baselines.py and judge.py. They need no network and no GPU."""
 
 import json
 import math
 import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import claims
 import pytest
 import torch
-from claims import dpo_loss, flow_grpo, rwr_loss, sft_loss
+from baselines import dpo_loss, rwr_loss, sft_loss
+from claims import flow_grpo
 
-TINY = {"epochs": 2, "prompts_per_epoch": 2, "group_size": 4, "batch_size": 8, "eval_every": 1}
-
-
-def test_losses_are_their_closed_forms():
-    error, ref, a = torch.rand(3, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    error.requires_grad_()
-    rows = range(5)
-    best, worst = ([f(range(4), key=a[p].__getitem__) for p in rows] for f in (max, min))
-    e, r, total = error.tolist(), ref.tolist(), a.exp().sum(1).tolist()
-    weights = [[math.exp(a[p][k]) / total[p] for k in range(4)] for p in rows]
-    assert sft_loss(error, None, a).item() == pytest.approx(sum(e[p][best[p]] for p in rows) / 5)
-    ties = torch.tensor([[1.0, -3, 1, 1], [0, 0, 0, 0], *[[5.0, 1, 1, 1]] * 3])
-    chosen = [0, 2, 3], range(4), [0], [0], [0]
-    expected = sum(e[p][k] for p in rows for k in chosen[p]) / 10
-    assert sft_loss(error, None, ties).item() == pytest.approx(expected)
-    expected = sum(weights[p][k] * e[p][k] for p in rows for k in range(4)) / 5
-    assert rwr_loss(error, None, a).item() == pytest.approx(expected)
-    won, lost = ([e[p][i[p]] - r[p][i[p]] for p in rows] for i in (best, worst))
-    margins = [-3.0 / 2 * (won[p] - lost[p]) for p in rows]
-    loss = dpo_loss(error, ref, a, beta=3.0)
-    assert loss.item() == pytest.approx(sum(math.log(1 + math.exp(-m)) for m in margins) / 5)
-    (gradient,) = torch.autograd.grad(loss, error)
-    slopes = [3.0 / 2 / (1 + math.exp(m)) / 5 for m in margins]  # towards the best, away from the worst
-    expected = [[slopes[p] * ((k == best[p]) - (k == worst[p])) for k in range(4)] for p in rows]
-    assert torch.allclose(gradient, torch.tensor(expected, dtype=torch.float64))
+RESULTS = Path(__file__).resolve().parent / "results"
+QUICK = {"epochs": 2, "prompts_per_epoch": 2, "group_size": 4, "batch_size": 8, "eval_every": 1}
 
 
+# ---- The losses of the baselines, on five groups of four images.
+def some(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(5, 4, generator=generator, dtype=torch.float64)
+
+
+ERROR = some(0)
+REF_ERROR = some(1)
+ADVANTAGES = some(2)
+BEST = ADVANTAGES.argmax(1).tolist()
+WORST = ADVANTAGES.argmin(1).tolist()
+
+
+def test_sft_is_the_mean_error_of_the_groups_best():
+    expected = sum(ERROR[p, BEST[p]].item() for p in range(5)) / 5
+    assert sft_loss(ERROR, None, ADVANTAGES).item() == pytest.approx(expected)
+
+
+def test_sft_learns_from_all_that_tie_for_the_best():
+    ties = torch.zeros(5, 4)
+    ties[0] = torch.tensor([1.0, -3.0, 1.0, 1.0])
+    ties[2:] = torch.tensor([5.0, 1.0, 1.0, 1.0])
+    e = ERROR.tolist()
+    chosen = [e[0][0], e[0][2], e[0][3], *e[1], e[2][0], e[3][0], e[4][0]]
+    assert sft_loss(ERROR, None, ties).item() == pytest.approx(sum(chosen) / 10)
+
+
+def test_rwr_weighs_by_the_exponential_of_the_advantage():
+    total = 0.0
+    for errors, advantages in zip(ERROR.tolist(), ADVANTAGES.tolist()):
+        weights = [math.exp(a) for a in advantages]
+        weighted = [w * error for w, error in zip(weights, errors)]
+        total += sum(weighted) / sum(weights)
+    assert rwr_loss(ERROR, None, ADVANTAGES).item() == pytest.approx(total / 5)
+
+
+def dpo_margins(beta):
+    """How much more the best has gained on the base model than the worst, by group."""
+    gain = (REF_ERROR - ERROR).tolist()
+    return [beta / 2 * (gain[p][BEST[p]] - gain[p][WORST[p]]) for p in range(5)]
+
+
+def test_dpo_is_the_logistic_loss_of_the_margin():
+    loss = dpo_loss(ERROR, REF_ERROR, ADVANTAGES, beta=3.0)
+    expected = [math.log(1 + math.exp(-margin)) for margin in dpo_margins(3.0)]
+    assert loss.item() == pytest.approx(sum(expected) / 5)
+
+
+def test_dpo_pulls_to_the_best_and_away_from_the_worst():
+    error = ERROR.clone().requires_grad_()
+    dpo_loss(error, REF_ERROR, ADVANTAGES, beta=3.0).backward()
+    expected = torch.zeros(5, 4, dtype=torch.float64)
+    for p, margin in enumerate(dpo_margins(3.0)):
+        slope = 3.0 / 2 / (1 + math.exp(margin)) / 5
+        expected[p, BEST[p]] = slope
+        expected[p, WORST[p]] = -slope
+    assert torch.allclose(error.grad, expected)
+
+
+# ---- The baselines' updates, on two groups of four images.
 @pytest.fixture(scope="module")
 def run():
-    given = dict(model=str(claims.HERE / "tiny-sd3"), prompt_file="", **TINY, sde_steps=10, sde_range=10)
-    config, pipe = flow_grpo.settings(**given), flow_grpo.load_pipeline(given["model"])
+    model = str(flow_grpo.HERE / "tiny-sd3")
+    config = replace(flow_grpo.TINY, model=model, updates_per_epoch=1, **QUICK)
     records = [{"prompt": f'a sign that says "{n}"'} for n in (123, 456)]
-    run = flow_grpo.prepare(config, pipe, flow_grpo.load_rewards("ocr"), records, records)
+    pipe = flow_grpo.load_pipeline(model)
+    reward = flow_grpo.load_reward("ocr")
+    run = flow_grpo.prepare(config, pipe, reward, records, records)
     for p in run.parameters:
         p.data.normal_(std=0.02)
     return run
 
 
-@pytest.mark.parametrize("name", ["SFT", "RWR", "Flow-DPO"])
-def test_a_baselines_gradient(run, monkeypatch, name):
-    """Two groups, one update, against the loss restated image by image. DPO needs a difference in a group."""
-    generator, net, gradients = torch.Generator().manual_seed(1), run.pipe.transformer, []
-    samples = flow_grpo.collect(run, generator)
-    rewards = torch.tensor([[0.1, 0.9, 0.4, 0.2], [0.5, 0.3, 0.2, 0.8]])
-    run.config.updates_per_epoch = 1
+@pytest.fixture(scope="module")
+def samples(run):
+    return flow_grpo.collect(run)
+
+
+@pytest.fixture
+def gradients(monkeypatch):
+    """The gradients with which optimizer_step is called, which takes no step."""
+    found = []
 
     def step(run):
-        gradients.append([p.grad.clone() for p in run.parameters])
+        found.append(torch.cat([p.grad.flatten() for p in run.parameters]))
         run.optimizer.zero_grad()
         return 1.0
 
     monkeypatch.setattr(flow_grpo, "optimizer_step", step)
-    columns = {"reward": rewards.flatten()}
-    claims.UPDATES[name](run, samples._replace(columns=columns), torch.Generator().manual_seed(2))
-    generator.manual_seed(2)
-    order, losses = torch.randperm(2, generator=generator).tolist(), []
-    z = (torch.arange(7) + torch.rand(7, generator=generator)) / 7
-    a = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(correction=0) + 1e-4)
-    for u in z.tolist():
-        s = 1 / (1 + math.exp(-torch.distributions.Normal(0, 1).icdf(torch.tensor(u)).item()))
-        t, noise = 3 * s / (1 + 2 * s), torch.randn(2, 1, *run.latent_shape, generator=generator)
-        for place, p in enumerate(order):
-            x0 = samples.latents[4 * p : 4 * p + 4, -1]
-            text = tuple(e[[p] * 4] for e in samples.text)
-            x, time = (1 - t) * x0 + t * noise[place], torch.full((4,), 1000 * t)
-            error = ((net(x, *text, time)[0] - (noise[place] - x0)) ** 2).mean((1, 2, 3))
-            net.disable_adapters()
-            ref = ((net(x, *text, time)[0] - (noise[place] - x0)) ** 2).mean((1, 2, 3)).detach()
-            net.enable_adapters()
-            best, worst = rewards[p].argmax(), rewards[p].argmin()
-            margin = 50 * ((ref - error)[best] - (ref - error)[worst])
-            values = {
-                "SFT": error[best],
-                "RWR": (a[p].softmax(0) * error).sum(),
-                "Flow-DPO": (-margin).exp().log1p(),
-            }
-            losses.append(values[name] / 14)
-    expected = torch.autograd.grad(sum(losses), run.parameters)
-    got, expected = (torch.cat([g.flatten() for g in gradient]) for gradient in (gradients[0], expected))
-    assert (got - expected).norm() < 1e-3 * expected.norm()
-    columns = {"reward": torch.ones(8)}
-    stats = claims.UPDATES[name](run, samples._replace(columns=columns), generator)
-    assert (len(gradients) == 1 and stats == {}) if name == "Flow-DPO" else len(gradients) == 2
+    return found
 
 
-def test_minutes_and_cells():
-    result = {"points": [[0, 0.0, 0.6, 0.8], [10, 2.0, 0.8, 0.9], [20, 4.0, 0.9, 0.95]]}
-    assert claims.minutes_to_goal(result) == pytest.approx(3)
-    result["points"][0][2], result["points"][1][2] = 0.9, 0.86
-    assert claims.minutes_to_goal(result) == 0
-    assert claims.minutes_to_goal({"points": [[0, 0, 0.5, 0.5], [1, 1, 0.8, 0.8]]}) == math.inf
-    assert claims.cell([1.0, 3.0, math.inf]) == "2 (1 to 3, 2 of 3)" and claims.cell([math.inf]) == "never"
-    assert claims.cell([0.5, 0.25]) == "0.375 (0.25 to 0.5)" and claims.cell([0.5]) == "0.5"
+def scored(samples, rewards):
+    return replace(samples, columns={"reward": torch.tensor(rewards)})
 
 
-def test_a_claim_from_end_to_end(tmp_path, monkeypatch, capsys):
-    """Interrupted while drawing or judging, it goes on; called once more, it trains nothing; a run that
-    diverges stops no other; the table is the records'."""
+def random_numbers(run):
+    """What the update draws: the order of the groups, then times, and noise at each time."""
+    seed = flow_grpo.Random(f"{run.config.seed} {run.epoch}").getrandbits(63)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(2, generator=generator).tolist()
+    shares = (torch.arange(7) + torch.rand(7, generator=generator)) / 7
+    normal = torch.distributions.Normal(0, 1)
+    times = []
+    for share in shares:
+        s = 1 / (1 + math.exp(-normal.icdf(share).item()))
+        times.append(3 * s / (1 + 2 * s))
+    noise = torch.randn(7, 2, *run.latent_shape, generator=generator)
+    return order, times, noise
+
+
+def flow_error(run, samples, group, t, noise):
+    """The flow-matching error of a group's images, by the network alone."""
+    x0 = samples.latents[4 * group : 4 * group + 4, -1]
+    embeds, pooled = samples.texts[samples.records[4 * group]["prompt"]]
+    text = embeds.expand(4, -1, -1), pooled.expand(4, -1)
+    x = (1 - t) * x0 + t * noise
+    velocity = run.pipe.transformer(x, *text, torch.full((4,), 1000 * t))[0]
+    return ((velocity - (noise - x0)) ** 2).mean((1, 2, 3))
+
+
+def sft(error, ref_error, rewards, std):
+    return error[rewards.argmax()]
+
+
+def rwr(error, ref_error, rewards, std):
+    weights = ((rewards - rewards.mean()) / std).softmax(0)
+    return (weights * error).sum()
+
+
+def dpo(error, ref_error, rewards, std):
+    gain = ref_error - error
+    margin = 50 * (gain[rewards.argmax()] - gain[rewards.argmin()])
+    return (-margin).exp().log1p()
+
+
+@pytest.mark.parametrize("name, loss_of", [("SFT", sft), ("RWR", rwr), ("Flow-DPO", dpo)])
+def test_a_baselines_gradient_is_that_of_its_loss_image_by_image(
+    run, samples, gradients, name, loss_of
+):
+    rewards = torch.tensor([[0.1, 0.9, 0.4, 0.2], [0.5, 0.3, 0.2, 0.8]])
+    claims.UPDATES[name](run, scored(samples, rewards.flatten().tolist()))
+    order, times, noise = random_numbers(run)
+    network = run.pipe.transformer
+    std = rewards.std(correction=0) + 1e-4
+    total = 0.0
+    for t, noise_of_groups in zip(times, noise):
+        for group, noise_of_group in zip(order, noise_of_groups):
+            known = (run, samples, group, t, noise_of_group)
+            network.disable_adapters()
+            with torch.no_grad():
+                ref_error = flow_error(*known)
+            network.enable_adapters()
+            error = flow_error(*known)
+            total += loss_of(error, ref_error, rewards[group], std) / 14
+    expected = torch.autograd.grad(total, list(run.parameters))
+    expected = torch.cat([g.flatten() for g in expected])
+    assert (gradients[0] - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_dpo_learns_nothing_from_groups_that_score_alike(run, samples, gradients):
+    assert claims.UPDATES["Flow-DPO"](run, scored(samples, [1.0] * 8)) == {}
+    assert gradients == []
+
+
+@pytest.mark.parametrize("name", ["SFT", "RWR"])
+def test_the_others_learn_from_them(run, samples, gradients, name):
+    claims.UPDATES[name](run, scored(samples, [1.0] * 8))
+    assert len(gradients) == 1
+
+
+@pytest.mark.parametrize("name", ["SFT", "RWR", "Flow-DPO"])
+def test_a_baseline_takes_as_many_optimiser_steps(run, samples, gradients, monkeypatch, name):
+    monkeypatch.setattr(run.config, "updates_per_epoch", 2)
+    claims.UPDATES[name](run, scored(samples, [0.1, 0.9, 0.4, 0.2] * 2))
+    assert len(gradients) == 2
+
+
+# ---- The tables.
+def accuracies(*points):
+    names = ("minutes", "accuracy")
+    return {"evaluations": [dict(zip(names, point)) for point in points]}
+
+
+def test_the_goal_is_crossed_between_two_evaluations():
+    assert claims.minutes_to_goal(accuracies((0, 0.6), (2, 0.8), (4, 0.9))) == pytest.approx(3)
+
+
+def test_the_goal_is_reached_from_the_start():
+    assert claims.minutes_to_goal(accuracies((0, 0.9), (2, 0.86))) == 0
+
+
+def test_the_goal_is_never_reached():
+    assert claims.minutes_to_goal(accuracies((0, 0.5), (1, 0.8))) == math.inf
+
+
+@pytest.mark.parametrize(
+    "values, text",
+    [
+        ([0.5, 0.25], "0.375 (0.25 to 0.5)"),
+        ([0.5], "0.5"),
+        ([1.0, 3.0, math.inf], "2 (1 to 3, 2 of 3)"),
+        ([math.inf], "never"),
+    ],
+)
+def test_a_cell_has_mean_least_and_most(values, text):
+    assert claims.cell(values) == text
+
+
+def test_the_tables_in_results_are_those_of_the_records():
+    records = claims.read_records(RESULTS / "claims.jsonl")
+    tables = "\n".join(claims.table(claim, records) for claim in claims.CLAIMS)
+    assert tables == (RESULTS / "claims.md").read_text(encoding="utf-8")
+
+
+def test_claims_share_the_runs_with_equal_settings():
+    settings = claims.DEFAULTS | claims.LONG | {"seed": 5}
+    assert claims.names_of(settings) == {"gain": "Flow-GRPO", "kl": "beta 0.4"}
+
+
+# ---- A claim from end to end.
+def prompts(numbers):
+    return [{"prompt": f'a sign that says "{n}"'} for n in numbers]
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory):
+    """A claim that is interrupted in its first rollout and while it is judged, and goes on."""
+    out = tmp_path_factory.mktemp("claims")
     variants = {
-        "SFT": claims.ODE | TINY | {"update": "SFT"},
-        "A": TINY,
-        "5 steps": TINY | {"steps": 5, "sde_steps": 3, "sde_range": 3},
-        "far": TINY | {"learning_rate": 1e9},
+        "SFT": claims.SFT | QUICK,
+        "A": QUICK,
+        "5 steps": QUICK | {"steps": 5, "sde_steps": 3, "sde_range": 3},
+        "far": QUICK | {"learning_rate": 1e9},
     }
-    original, judge, collected, judged = flow_grpo.collect, claims.judge, [], []
+    collect = flow_grpo.collect
+    judge = claims.judge
+    drawn = []  # the number of steps of each rollout
+    judged = []
 
-    def collect(run, *args):
-        collected.append(run.config.output_dir)
-        if len(collected) == 4:
+    def collect_or_stop(run):
+        drawn.append(flow_grpo.TRAIN_STEPS)
+        if len(drawn) == 4:
             raise KeyboardInterrupt
-        return original(run, *args)
+        return collect(run)
 
-    def quick_judge(folder, **how):
+    def judge_or_stop(folder, **how):
         judged.append(folder)
-        if len(judged) == 1:
+        if len(judged) == 3:
             raise KeyboardInterrupt
         return judge(folder, count=8, **how)
 
-    for name in ("TRAIN_STEPS", "update", "log"):  # The command sets them.
-        monkeypatch.setattr(flow_grpo, name, getattr(flow_grpo, name))
-    train, held_out = ([{"prompt": f'a sign that says "{n}{k}"'} for k in range(8)] for n in (12, 34))
-    monkeypatch.setattr(flow_grpo, "split_prompts", lambda *_: (train, held_out))
-    monkeypatch.setattr(flow_grpo, "EVAL_STEPS", 2)
-    monkeypatch.setattr(flow_grpo, "collect", collect)
-    monkeypatch.setattr(claims, "judge", quick_judge)
-    monkeypatch.setattr(claims, "CLAIMS", {"steps": variants})
-    monkeypatch.setattr(sys, "argv", ["claims.py", "steps", "--seeds", "1", "--output-dir", str(tmp_path)])
-    for _ in range(2):
-        with pytest.raises(SystemExit, match="the same command goes on"):
-            claims.main()
-    claims.main()
-    counts = len(collected), len(judged)
-    claims.main()
-    assert counts == (len(collected), len(judged)) and (tmp_path / "steps.png").stat().st_size > 5000
-    text = (tmp_path / "steps.md").read_text()
-    assert text in capsys.readouterr().out and "| far (one or more diverged) |" in text
-    records = [json.loads(path.read_text()) for path in tmp_path.glob("*/seed-0.json")]
-    assert len(records) == 4 and sorted(r["diverged"] for r in records) == [0, 0, 0, 2]
-    for r in (r for r in records if not r["diverged"]):
-        assert [point[0] for point in r["points"]] == [0, 1, 2]
-        assert f" {r['spread']:.3g} | {r['frechet']:.3g} |" in text
-    assert list(json.loads((tmp_path / "base.json").read_text())) == ["exact", "clean", "spread", "frechet"]
+    def command(*flags):
+        argv = ["claims.py", "steps", "--output-dir", str(out), *flags]
+        patch.setattr(sys, "argv", argv)
+        claims.main()
+
+    with pytest.MonkeyPatch.context() as patch:
+        split = prompts(range(120, 128)), prompts(range(340, 348))
+        patch.setattr(flow_grpo, "split_prompts", lambda *_: split)
+        patch.setattr(flow_grpo, "EVAL_STEPS", 2)
+        patch.setattr(flow_grpo, "TRAIN_STEPS", 10)
+        patch.setattr(flow_grpo, "collect", collect_or_stop)
+        patch.setattr(claims, "judge", judge_or_stop)
+        patch.setattr(claims, "CLAIMS", {"steps": variants})
+        stops = []
+        for _ in range(2):
+            with pytest.raises(SystemExit) as stop:
+                command("--seeds", "1")
+            stops.append(str(stop.value))
+        command("--seeds", "1")
+        yield SimpleNamespace(out=out, command=command, drawn=drawn, judged=judged, stops=stops)
+
+
+def lines_of(tried):
+    records = claims.read_records(tried.out / "claims.jsonl")
+    return [record for record in records if "seed" in record]
+
+
+def test_an_interruption_says_how_to_go_on(tried):
+    assert tried.stops == ["interrupted: the same command goes on"] * 2
+
+
+def test_each_run_has_one_record(tried):
+    names = [record["claims"]["steps"] for record in lines_of(tried)]
+    assert sorted(names) == ["5 steps", "A", "SFT", "far"]
+
+
+def test_no_epoch_is_drawn_twice_but_the_interrupted_one(tried):
+    assert tried.drawn[:6] == [10] * 4 + [10, 5]
+
+
+def test_a_run_that_diverges_stops_no_other(tried):
+    diverged = [record["claims"]["steps"] for record in lines_of(tried) if record["diverged"]]
+    assert diverged == ["far"]
+
+
+def test_a_record_has_all_settings(tried):
+    for record in lines_of(tried):
+        assert set(record["settings"]) == {*vars(flow_grpo.TINY), "steps", "update"}
+
+
+def test_a_record_has_each_evaluation(tried):
+    for record in lines_of(tried):
+        epochs = [point["epoch"] for point in record["evaluations"]]
+        assert epochs == [0, 1, 2] or record["diverged"]
+
+
+def test_the_table_is_the_records(tried):
+    text = (tried.out / "claims.md").read_text(encoding="utf-8")
+    for record in lines_of(tried):
+        judgement = record["judgement"]
+        assert f" {judgement['spread']:.3g} | {judgement['frechet']:.3g} |" in text
+    assert "| far (one or more diverged) |" in text
+
+
+def test_the_base_model_and_real_signs_are_judged_once(tried):
+    text = (tried.out / "claims.jsonl").read_text(encoding="utf-8")
+    names = [json.loads(line)["claims"]["steps"] for line in text.splitlines()]
+    assert names[:2] == ["base model", "real signs"]
+    assert names.count("base model") == 1
+
+
+def test_there_is_a_figure(tried):
+    assert (tried.out / "claims.png").stat().st_size > 5000
+
+
+def test_what_is_done_is_not_done_again(tried):
+    before = list(tried.drawn), list(tried.judged)
+    tried.command("--seeds", "1")
+    assert before == (tried.drawn, tried.judged)
+
+
+def test_another_seed_adds_to_the_table(tried):
+    tried.command("--seeds", "1", "--first-seed", "7", "--variants", "A")
+    text = (tried.out / "claims.md").read_text(encoding="utf-8")
+    assert "over seeds 0, 7." in text
+    assert "| SFT (seeds 0) |" in text
+    assert "| A |" in text

@@ -35,8 +35,8 @@ def quoted_text(record: dict) -> str:
     for text in texts:
         if text.strip():
             return text
-    hint = 'ocr needs a text in double quotes, as in: a sign "407"'
-    raise ValueError(f"{hint}; got: {record['prompt']}")
+    hint = 'ocr needs a text in double quotes, such as a sign "407"'
+    raise ValueError(f"{hint}, but got {record['prompt']}")
 
 
 def check(record: dict) -> None:
@@ -55,6 +55,7 @@ def ocr_engine(height: int, width: int) -> RapidOCR:
         # By default, PP-OCR would enlarge images to 736 pixels to find text.
         "Det.limit_type": "max",
         "Det.limit_side_len": max(height, width),
+        # By default, a short line would be padded to 48 x 320 pixels before it is read.
         "Rec.rec_img_shape": [3, 48, 48],
         "EngineConfig.onnxruntime.intra_op_num_threads": 1,
     }

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from functools import partial
+from importlib import util
 from pathlib import Path
 from runpy import run_path
 from types import SimpleNamespace
@@ -25,14 +26,15 @@ from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import clipscore
 import geneval
 import ocr
 import pickscore
+from test_flow_grpo import pretended_gpu
 
-HERE = Path(__file__).resolve().parent
 BENCH = {"class": "bench", "count": 1}
 BOX = (0, 0, 9, 9)
 RIGHT_BOX = (50, 0, 59, 9)
@@ -68,10 +70,11 @@ PACKAGES = {
 }
 
 
-@pytest.mark.parametrize("name", ALONE)
-def test_each_file_works_alone_with_the_packages_that_it_names(name, tmp_path):
+def start_alone(name, folder):
+    """A process that imports a reward's file in a new folder, with the packages that it names."""
+    folder.mkdir()
     source = HERE / f"{name}.py"
-    shutil.copy(source, tmp_path)
+    shutil.copy(source, folder)
     installed = re.search(r"`pip install ([^`]*)`", source.read_text()).group(1).split()
     script = ["import sys"]
     for module, package in PACKAGES.items():
@@ -79,9 +82,14 @@ def test_each_file_works_alone_with_the_packages_that_it_names(name, tmp_path):
             script.append(f"sys.modules['{module}'] = None")  # Its import fails from now on.
     script.append(f"import torch; from {name} import *")
     script.append(ALONE[name])
-    environment = os.environ | {"PYTHONPATH": ""}
     command = [sys.executable, "-c", "\n".join(script)]
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    return subprocess.Popen(command, cwd=folder, env=os.environ | {"PYTHONPATH": ""})
+
+
+def test_each_file_works_alone_with_the_packages_that_it_names(tmp_path):
+    processes = {name: start_alone(name, tmp_path / name) for name in ALONE}
+    for name, process in processes.items():
+        assert process.wait() == 0, name
 
 
 # ---- OCR.
@@ -129,7 +137,7 @@ def test_pp_ocr_sees_pixels_of_8_bits_in_bgr(monkeypatch):
     engine = Mock(return_value=SimpleNamespace(txts=None))
     monkeypatch.setattr(ocr, "ocr_engine", lambda height, width: engine)
     images, (pil,) = pictures(1, 32, 64)
-    ocr.read(images + 0.4 / 255)  # The nearest value counts.
+    ocr.read(images - 0.4 / 255)  # The nearest value counts.
     (array,) = engine.call_args.args
     assert np.array_equal(array[:, :, ::-1], np.array(pil))
 
@@ -143,6 +151,15 @@ def test_pp_ocr_does_not_enlarge_images():
     settings = ocr.ocr_engine(96, 128).cfg
     assert settings.Det.limit_type == "max"
     assert settings.Det.limit_side_len == 128
+
+
+def test_pp_ocr_does_not_widen_short_lines():
+    settings = ocr.ocr_engine(32, 64).cfg
+    assert settings.Rec.rec_img_shape == [3, 48, 48]
+
+
+def test_pp_ocr_is_loaded_once_per_size():
+    assert ocr.ocr_engine(32, 64) is ocr.ocr_engine(32, 64)
 
 
 def test_pp_ocr_uses_one_thread_per_image():
@@ -205,7 +222,7 @@ def test_quoted_text_is_the_first_that_is_not_blank(prompt, text):
 
 @pytest.mark.parametrize("prompt", ["a sign '407'", 'a sign "407', 'a sign " "', ""])
 def test_a_prompt_without_a_quoted_text_is_refused(prompt):
-    sentence = f'ocr needs a text in double quotes, as in: a sign "407"; got: {prompt}'
+    sentence = f'ocr needs a text in double quotes, such as a sign "407", but got {prompt}'
     with pytest.raises(ValueError) as error:
         ocr.check({"prompt": prompt})
     assert str(error.value) == sentence
@@ -332,6 +349,16 @@ def test_random_scenes_are_scored_by_the_restated_rules():
 )
 def test_positions_of_a_box(box, relations):
     assert geneval.relative_positions(box, BOX) == relations
+
+
+@pytest.mark.parametrize("relation", geneval.POSITIONS)
+@pytest.mark.parametrize("distance, holds", [(4, False), (4.1, True)])
+def test_a_position_holds_beyond_a_fifth_of_the_sum_of_sizes(relation, distance, holds):
+    shift = np.zeros(2)
+    shift[AXES[relation]] = SIGNS[relation] * distance
+    other = np.array([0, 0, 10, 10])
+    box = other + np.tile(shift, 2)
+    assert geneval.relative_positions(box, other) == ([relation] if holds else [])
 
 
 @pytest.mark.parametrize("x, relations", [(0.0009, []), (0.0011, ["right of"])])
@@ -843,3 +870,47 @@ def test_the_reward_judges_the_colors_that_clip_sees(finds_two_benches):
         columns = judge_color(images, color)
         assert torch.equal(columns["geneval"], (1 + right / 2) / 2)
         assert torch.equal(columns["geneval_correct"], (right == 2).float())
+
+
+# ---- On a GPU, which is a pretended one.
+
+
+def imported_anew(module):
+    """The module as it is on this device, for which it decides when imported, with the same models."""
+    spec = util.spec_from_file_location(f"{module.__name__}_anew", module.__file__)
+    new = util.module_from_spec(spec)
+    spec.loader.exec_module(new)
+    for name in vars(new):
+        if name.startswith(("DETECTOR", "CLIP", "PICKSCORE")) and name != "CLIP_DTYPE":
+            setattr(new, name, getattr(module, name))
+    return new
+
+
+def columns_of(module, images):
+    record = {"prompt": 'a "cat"', "include": [BENCH | {"color": "red"}]}
+    prompts = [record["prompt"]] * len(images)
+    result = module.reward(images, prompts, [record] * len(images))
+    columns = result if isinstance(result, dict) else {"reward": result}
+    return {name: torch.as_tensor(column).float().cpu() for name, column in columns.items()}
+
+
+@pytest.mark.parametrize("module", [ocr, clipscore, pickscore, geneval])
+def test_a_gpu_gives_the_same_scores(models, module):
+    images, _ = pictures(3, 64, 96)
+    expected = columns_of(module, images)
+    with pretended_gpu():
+        columns = columns_of(imported_anew(module), images.to("cuda"))
+    assert columns.keys() == expected.keys()
+    for name, column in columns.items():
+        assert torch.allclose(column, expected[name], atol=5e-3)
+
+
+@pytest.mark.parametrize("module", [clipscore, pickscore, geneval])
+def test_clip_is_in_half_precision_on_a_gpu(models, module):
+    with pretended_gpu():
+        new = imported_anew(module)
+        load = new.pickscore_model if module is pickscore else new.clip_model
+        model, _ = load()
+    parameters = list(model.parameters())
+    assert {p.dtype for p in parameters} == {torch.float16}
+    assert all(p.is_cuda for p in parameters)
