@@ -1,45 +1,69 @@
-"""SD3.5 Medium's FLOP and memory by recipe, counted on tensors without data: `throughput.py --count`.
+"""How much time and memory would SD3.5 Medium take on a GPU? A count, on tensors without data.
 
-Time follows from FLOP at a stated rate. Memory is what the operations of a step of the update, or of
-decoding, hold at a time. CUDA itself, cuDNN's workspaces, fragments and a reward's models come on top.
+    python bench/counting.py
+
+Time follows from the FLOP of an epoch at a stated rate. Memory is what the operations of one step
+of the update, of decoding, or of the text encoders hold at a time, in GB, not compiled. CUDA
+itself, cuDNN's workspaces, fragments and a reward's models come on top.
 """
 
+import argparse
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from unittest import mock
 
-import throughput
 import torch
+from models import RECIPES, flow_grpo, make_run, needed_flops
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import T5Config, T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-import flow_grpo as f
-
-RATES = {"H100": 0.5 * 790e12, "RTX 4090": 0.5 * 165e12}  # FLOP/s: half of what a matrix product sustains
-T5_XXL = dict(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+# FLOP/s: half of what a large matrix product sustains in half precision.
+RATES = {"H100": 0.5 * 790e12, "RTX 4090": 0.5 * 165e12}
+CLIP_L = CLIPTextConfig(
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    projection_dim=768,
+)
+CLIP_G = CLIPTextConfig(
+    hidden_size=1280,
+    intermediate_size=5120,
+    num_hidden_layers=32,
+    num_attention_heads=20,
+    projection_dim=1280,
+)
+T5_XXL = T5Config(
+    d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
+)
 
 
 class Allocations(TorchDispatchMode):
-    """`now` and `peak`: bytes of the storages that operations make, while they live."""
+    """`now` and `peak` are the bytes of the storages that operations make, while they live."""
 
     def __init__(self):
         super().__init__()
-        self.now, self.peak, self.live = 0, 0, set()
+        self.now = 0
+        self.peak = 0
+        self.live = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        for storage in [t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]:
-            if storage._cdata not in self.live:
-                self.live.add(storage._cdata)
-                self.add(storage.nbytes())
-                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.add(leaf.untyped_storage())
         return out
 
-    def add(self, size: int) -> None:
-        self.now += size
-        self.peak = max(self.peak, self.now)
+    def add(self, storage) -> None:
+        key = storage._cdata
+        if key not in self.live:
+            self.live.add(key)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.free, key, storage.nbytes())
 
     def free(self, key: int, size: int) -> None:
         self.live.discard(key)
@@ -52,71 +76,116 @@ class Allocations(TorchDispatchMode):
         return self.peak / 1e9
 
 
-def update_step(run, batch_size: int) -> None:
-    """What flow_grpo.update does at one denoising step, then the decoding of as many images."""
-    x, text = torch.randn(batch_size, *run.latent_shape), f.rows(run.null_text, [0] * batch_size, "cpu")
-    velocity, step, ref_mean = f.velocity_along(run, [0.5], text), (x, 0.5, 0.4, 0.7, x), x
-    if run.config.beta > 0:
-        with torch.no_grad():
-            _, _, ref_mean, _ = f.sde_step(velocity(x, 0), *step)
-    _, log_prob, mean, std = f.sde_step(velocity(x, 0), *step)
-    loss, _ = f.grpo_loss(
-        log_prob, log_prob.detach(), log_prob.detach(), f.gaussian_kl(mean, ref_mean, std), 1, 1
+def update_step(run: flow_grpo.Run, batch_size: int) -> None:
+    """One denoising step of the update of a batch, then the decoding of as many images."""
+    prompt = run.train_records[0]
+    samples = flow_grpo.Samples(
+        records=[prompt] * batch_size,
+        texts=flow_grpo.encode(run, [prompt]),
+        times=[0.5, 0.4],
+        trained=range(1),
+        latents=torch.randn(batch_size, 2, *run.latent_shape),
+        log_probs=torch.randn(batch_size, 1),
+        columns={},
     )
-    loss.backward()
-    del log_prob, mean, loss
-    f.decode(run.pipe.vae, x)
+    images = list(range(batch_size))
+    flow_grpo.add_gradient(run, samples, images, torch.randn(batch_size), batch_size)
+    flow_grpo.decode(run.pipe.vae, samples.latents[:, -1])
 
 
-def encode(memory: Allocations) -> float:
-    """GB of the largest text encoder at work, 64 prompts at a time. By its own rule, `wo` is in float32."""
+def text_encoders() -> list[torch.nn.Module]:
+    """SD3.5's, in half precision, but for T5's `wo`, which transformers keeps in float32."""
     torch.set_default_dtype(torch.float16)
-    t5 = T5EncoderModel(T5Config(**T5_XXL)).requires_grad_(False)
+    encoders = [
+        CLIPTextModelWithProjection(CLIP_L),
+        CLIPTextModelWithProjection(CLIP_G),
+        T5EncoderModel(T5_XXL),
+    ]
     torch.set_default_dtype(torch.float32)
-    for block in t5.encoder.block:
+    for block in encoders[-1].encoder.block:
         wo = block.layer[1].DenseReluDense.wo
-        wo.weight = torch.nn.Parameter(wo.weight.float(), requires_grad=False)
-    with torch.no_grad():
-        return memory.peak_of(t5, torch.zeros(64, 128, dtype=torch.long))
+        wo.weight = torch.nn.Parameter(wo.weight.float())
+    return encoders
 
 
-def print_count(batch_sizes: list[int]) -> None:
-    fake, recipes, memory = FakeTensorMode(), throughput.RECIPES, {n: [] for n in batch_sizes}
-    stay = mock.patch.object(torch.nn.Module, "to", lambda self, *args, **kwargs: self)
-    for checkpointing in (False, True):
-        with (
-            fake,
-            stay,
-            mock.patch("torch.cuda.is_available", return_value=False),
-            Allocations() as allocations,
-        ):
-            run = throughput.make_run("sd3.5-medium", gradient_checkpointing=checkpointing)
-            moments = [torch.zeros_like(p) for p in run.parameters * 2]
-            for p in run.parameters:
-                p.grad = torch.zeros_like(p)  # It stays from one step to the next.
-            always = allocations.now / 1e9
-            for recipe in ("published", "fast"):
-                run.config = f.settings(**recipes[recipe])
-                for n in batch_sizes:
-                    memory[n].append(allocations.peak_of(update_step, run, n))
+@torch.no_grad()
+def encode(encoders: list) -> None:
+    """64 prompts at a time, as flow_grpo.encode does it."""
+    clip_l, clip_g, t5 = encoders
+    clip_tokens = torch.zeros(64, 77, dtype=torch.long)
+    clip_l(clip_tokens, output_hidden_states=True)
+    clip_g(clip_tokens, output_hidden_states=True)
+    t5(torch.zeros(64, 128, dtype=torch.long))
+
+
+def count_memory(batch_sizes: list[int], checkpointing: bool) -> tuple[float, dict, flow_grpo.Run]:
+    """GB that are always there, GB at the peak by recipe and batch size, and the run."""
+    with Allocations() as allocations:
+        run = make_run("sd3.5-medium", gradient_checkpointing=checkpointing)
+        # The optimiser's moments and the gradient stay from one step to the next.
+        moments = [torch.zeros_like(p) for p in [*run.parameters, *run.parameters]]
+        for p in run.parameters:
+            p.grad = torch.zeros_like(p)
+        always = allocations.now / 1e9
+        peaks = {}
+        for recipe in ("published", "fast"):
+            run.config = replace(flow_grpo.Config(), **RECIPES[recipe])
+            for batch_size in batch_sizes:
+                config = replace(run.config, batch_size=batch_size)
+                run.config = config
+                peaks[recipe, batch_size] = allocations.peak_of(update_step, run, batch_size)
     del moments
-    with fake, Allocations() as allocations:
-        encoding = always + encode(allocations)
-    heads = [f"{card} {what}" for card in RATES for what in ("min an epoch", "epochs an hour")]
-    print("SD3.5 Medium at 512x512: counts, not measurements. An epoch has 48 x 24 images.")
-    print("Rates: " + ", ".join(f"{card} {rate / 1e12:.3g} TFLOP/s" for card, rate in RATES.items()) + ".\n")
-    print(
-        "| recipe | TFLOP an image: rollout + update | " + " | ".join(heads) + " |\n|---|---|---|---|---|---|"
-    )
-    for recipe, changes in recipes.items():
-        flops = throughput.needed_flops(run, f.settings(**changes))
-        minutes = [sum(flops) * 48 * 24 / rate / 60 for rate in RATES.values()]
-        times = " | ".join(f"{m:.3g} | {60 / m:.3g}" for m in minutes)
-        tflops = "{:.3g} + {:.3g} = {:.3g}".format(*(n / 1e12 for n in (*flops, sum(flops))))
-        print(f"| {recipe} | {tflops} | {times} |")
-    print(f"\nGB at the peak, {always:.3g} of them always there; {encoding:.3g} while prompts are encoded.\n")
-    print(
-        "| batch | published | fast | published, checkpointing | fast, checkpointing |\n|---|---|---|---|---|"
-    )
-    for n in batch_sizes:
-        print(f"| {n} | " + " | ".join(f"{gb:.1f}" for gb in memory[n]) + " |")
+    return always, peaks, run
+
+
+def print_times(run: flow_grpo.Run) -> None:
+    heads = [f"{card}: {what}" for card in RATES for what in ("min per epoch", "epochs per hour")]
+    print("| recipe | TFLOP per image: rollout + update | " + " | ".join(heads) + " |")
+    print("|---|---|---|---|---|---|")
+    for recipe, changes in RECIPES.items():
+        run.config = replace(flow_grpo.Config(), **changes)
+        rollout, update = needed_flops(run)
+        flops = rollout + update
+        cells = [f"{rollout / 1e12:.3g} + {update / 1e12:.3g} = {flops / 1e12:.3g}"]
+        for rate in RATES.values():
+            minutes = flops * 48 * 24 / rate / 60
+            cells.append(f"{minutes:.3g} | {60 / minutes:.3g}")
+        print(f"| {recipe} | " + " | ".join(cells) + " |")
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    batch_sizes = parser.parse_args().batch_sizes
+    with (
+        FakeTensorMode(),
+        # A model without data can't be moved.
+        mock.patch.object(torch.nn.Module, "to", lambda self, *args, **kwargs: self),
+        mock.patch("torch.cuda.is_available", return_value=False),
+    ):
+        always, peaks, run = count_memory(batch_sizes, checkpointing=False)
+        _, checkpointed, _ = count_memory(batch_sizes, checkpointing=True)
+        with Allocations() as allocations:
+            encoders = text_encoders()
+            weights = allocations.now / 1e9
+            encoding = always + allocations.peak_of(encode, encoders)
+        print("SD3.5 Medium at 512x512: counts, not measurements. An epoch has 48 x 24 images.")
+        for card, rate in RATES.items():
+            print(f"{card}: {rate / 1e12:.3g} TFLOP/s")
+        print()
+        print_times(run)
+    print(f"\nGB at the peak. {always:.3g} of them are always there.")
+    print(f"While prompts are encoded, the peak is {encoding:.3g}.")
+    print(f"The text encoders' weights, which stay on a large GPU, have {weights:.3g}.\n")
+    print("| batch | published | fast | published, checkpointing | fast, checkpointing |")
+    print("|---|---|---|---|---|")
+    for batch_size in batch_sizes:
+        cells = []
+        for counted in (peaks, checkpointed):
+            cells += [f"{counted[recipe, batch_size]:.1f}" for recipe in ("published", "fast")]
+        print(f"| {batch_size} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()

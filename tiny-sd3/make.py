@@ -1,10 +1,10 @@
-"""Make the embedded model from nothing: a Stable Diffusion 3 pipeline that draws signs with numbers.
+"""Make the embedded model from nothing, a Stable Diffusion 3 pipeline that draws signs.
 
     python tiny-sd3/make.py
 
-Everything is seeded, and `draw_sign` draws the training images, so nothing is downloaded. The pipeline folder
-is written next to this file, and `prompts.txt`, with numbers that the model was not trained on, above it. It
-needs a C++ compiler, for torch.compile.
+Everything is seeded, and `draw_sign` draws the training images, so nothing is downloaded. The
+pipeline folder is written next to this file, and `prompts.txt`, with numbers that the model was not
+trained on, above it. It needs a C++ compiler, for torch.compile.
 """
 
 import argparse
@@ -41,7 +41,8 @@ HEIGHT, WIDTH = 32, 64
 PROMPT = 'a sign that says "{}"'
 TEXT_LENGTH = 12  # CLIP tokens; the prompts take 11
 TYPOS = 0.25  # the share of training captions in which one digit is wrong
-FONT = font_manager.findfont(font_manager.FontProperties(family="DejaVu Sans", weight="bold"))  # matplotlib's
+# One that comes with matplotlib.
+FONT = font_manager.findfont(font_manager.FontProperties(family="DejaVu Sans", weight="bold"))
 
 
 def split_numbers() -> tuple[list[str], list[str], list[str]]:
@@ -54,22 +55,32 @@ def split_numbers() -> tuple[list[str], list[str], list[str]]:
 def draw_sign(text: str, rng: random.Random, varied: bool = False) -> np.ndarray:
     """A board with `text` on a wall: [HEIGHT, WIDTH, 3] uint8.
 
-    Varied signs, for the VAE, have any colours, sizes and positions. The transformer's have walls and boards
-    of any hue, nine positions and one size of type, so that each is as legible as any other.
+    Varied signs, for the VAE, have any colours, sizes and positions. The transformer's have walls
+    and boards of any hue, nine positions and one size of type, so that each is as legible as any
+    other.
     """
 
     def luminance(c):
         return (0.299 * c[0] + 0.587 * c[1] + 0.114 * c[2]) / 255
 
     if varied:
-        board, wall = (tuple(rng.randrange(256) for _ in range(3)) for _ in range(2))
-        size, pad_x, pad_y, grid = rng.randint(16, 20), rng.randint(2, 4), rng.randint(2, 4), (1, 1)
+        board = tuple(rng.randrange(256) for _ in range(3))
+        wall = tuple(rng.randrange(256) for _ in range(3))
+        size = rng.randint(16, 20)
+        pad_x = rng.randint(2, 4)
+        pad_y = rng.randint(2, 4)
+        grid_x = 1
+        grid_y = 1
         if 0.35 < luminance(board) < 0.6:
             return draw_sign(text, rng, varied)
     else:
-        wall, board = (hsv_to_rgb(rng.random(), *sv) for sv in ((0.35, 0.8), (0.9, 0.45)))
-        wall, board = (tuple(int(255 * c) for c in colour) for colour in (wall, board))
-        size, pad_x, pad_y, grid = 17, 3, 3, (8, 4)
+        wall = tuple(int(255 * c) for c in hsv_to_rgb(rng.random(), 0.35, 0.8))
+        board = tuple(int(255 * c) for c in hsv_to_rgb(rng.random(), 0.9, 0.45))
+        size = 17
+        pad_x = 3
+        pad_y = 3
+        grid_x = 8
+        grid_y = 4
     ink = (255, 255, 255) if luminance(board) < 0.5 else (0, 0, 0)
     zoom = 2  # draw larger, then scale down: smooth edges
     font = ImageFont.truetype(FONT, zoom * size)
@@ -77,20 +88,22 @@ def draw_sign(text: str, rng: random.Random, varied: bool = False) -> np.ndarray
     canvas = ImageDraw.Draw(image)
     # All digits are equally wide and high, so the box is that of zeros.
     left, top, right, bottom = canvas.textbbox((0, 0), "0" * len(text), font=font)
-    width, height = right - left + 2 * zoom * pad_x, bottom - top + 2 * zoom * pad_y
+    width = right - left + 2 * zoom * pad_x
+    height = bottom - top + 2 * zoom * pad_y
     if width > zoom * (WIDTH - 2):
         return draw_sign(text, rng, varied)
-    x = zoom + rng.randrange(0, zoom * (WIDTH - 2) - width + 1, grid[0] * zoom)
-    y = zoom + rng.randrange(0, zoom * (HEIGHT - 2) - height + 1, grid[1] * zoom)
+    x = zoom + rng.randrange(0, zoom * (WIDTH - 2) - width + 1, grid_x * zoom)
+    y = zoom + rng.randrange(0, zoom * (HEIGHT - 2) - height + 1, grid_y * zoom)
     canvas.rounded_rectangle((x, y, x + width, y + height), radius=3 * zoom, fill=board)
     canvas.text((x + zoom * pad_x - left, y + zoom * pad_y - top), text, font=font, fill=ink)
     return np.array(image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS))
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer over all bytes, with whole tokens for the prompt's words; each digit is a token."""
+    """A CLIP tokenizer over all bytes, with a token for each word of the prompt and each digit."""
     letters = sorted(ByteLevel.alphabet())
-    tokens, merges = letters + [c + "</w>" for c in letters], []
+    tokens = letters + [c + "</w>" for c in letters]
+    merges = []
     for word in ("sign", "that", "says"):
         prefix = word[0]
         for i, c in enumerate(word[1:], 2):
@@ -100,12 +113,14 @@ def make_tokenizer() -> CLIPTokenizer:
             tokens.append(prefix)
     tokens = list(dict.fromkeys(tokens + ["<|startoftext|>", "<|endoftext|>"]))
     return CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=TEXT_LENGTH
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=merges,
+        model_max_length=TEXT_LENGTH,
     )
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
-    """A frozen random CLIP text encoder: what matters is that different prompts get different embeddings."""
+    """A frozen random CLIP text encoder, which gives different prompts different embeddings."""
     encoder = CLIPTextModelWithProjection(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -120,7 +135,8 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    embeddings = encoder.text_model.embeddings  # CLIP's own initial 0.02 would drown in the layer norms' bias
+    # CLIP's own initial 0.02 would drown in the layer norms' bias.
+    embeddings = encoder.text_model.embeddings
     torch.nn.init.normal_(embeddings.token_embedding.weight)
     torch.nn.init.normal_(embeddings.position_embedding.weight)
     return encoder.eval()
@@ -129,14 +145,17 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
 def make_null_t5(width: int) -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
     """A T5 whose output is exactly the zeros that the pipeline uses in place of a missing T5.
 
-    diffusers loads a folder without T5 only when told `text_encoder_3=None, tokenizer_3=None`. With this
-    placeholder, a plain `from_pretrained` works too, and draws the same images.
+    diffusers loads a folder without T5 only when told `text_encoder_3=None, tokenizer_3=None`. With
+    this placeholder, a plain `from_pretrained` works too, and draws the same images.
     """
     reader = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="</s>"))
     reader.normalizer = normalizers.Replace(Regex(r"[\s\S]+"), "")  # it has nothing to read
-    reader.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=reader, pad_token="<pad>", eos_token="</s>")
-    config = T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
+    end = [("</s>", 1)]
+    reader.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=end)
+    tokens = {"pad_token": "<pad>", "eos_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=reader, **tokens)
+    size = {"d_model": width, "d_kv": 8, "d_ff": 8, "num_layers": 1, "num_heads": 1}
+    config = T5Config(vocab_size=len(tokenizer), **size)
     encoder = T5EncoderModel(config).eval()
     torch.nn.init.zeros_(encoder.encoder.final_layer_norm.weight)
     return encoder, tokenizer
@@ -187,7 +206,9 @@ def make_pipeline() -> StableDiffusion3Pipeline:
 def train_loop(optimizers, parameters, steps: int, loss_of_step, name: str) -> None:
     """Minimise `loss_of_step(step)` with warm-up and cosine decay."""
     schedules = [
-        torch.optim.lr_scheduler.OneCycleLR(o, o.param_groups[0]["lr"], total_steps=steps, pct_start=0.05)
+        torch.optim.lr_scheduler.OneCycleLR(
+            o, o.param_groups[0]["lr"], total_steps=steps, pct_start=0.05
+        )
         for o in optimizers
     ]
     average = None
@@ -206,13 +227,17 @@ def train_loop(optimizers, parameters, steps: int, loss_of_step, name: str) -> N
 
 
 def train_vae(vae: AutoencoderKL, images: torch.Tensor, steps: int, batch: int = 32) -> None:
-    """Reconstruction (L1 and L2) with a light KL term; then set the latents' shift and scale from data."""
+    """Reconstruction (L1 and L2) with a light KL term.
+
+    Then the latents' shift and scale are set from data.
+    """
 
     def loss_of_step(step):
         x = images[torch.randint(len(images), (batch,))].float() / 127.5 - 1
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample()).sample
-        return F.l1_loss(y, x) + F.mse_loss(y, x) + 1e-3 * posterior.kl().mean() / posterior.mean[0].numel()
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        return F.l1_loss(y, x) + F.mse_loss(y, x) + 1e-3 * kl
 
     parameters = list(vae.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.01)
@@ -220,7 +245,9 @@ def train_vae(vae: AutoencoderKL, images: torch.Tensor, steps: int, batch: int =
     vae.requires_grad_(False).eval()
     batches = images[:2048].split(256)
     latents = torch.cat([vae.encode(x.float() / 127.5 - 1).latent_dist.mean for x in batches])
-    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+    vae.register_to_config(
+        shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item()
+    )
 
 
 def neighbours(numbers: list[str]) -> dict[str, list[str]]:
@@ -228,13 +255,17 @@ def neighbours(numbers: list[str]) -> dict[str, list[str]]:
     return {a: [b for b in numbers if sum(x != y for x, y in zip(a, b)) == 1] for a in numbers}
 
 
-def train_transformer(pipe, texts: list[str], images: torch.Tensor, steps: int, batch: int = 64) -> None:
-    """Rectified flow on images [N, 3, HEIGHT, WIDTH] of `texts`; one prompt in ten is dropped, for guidance.
+def train_transformer(
+    pipe, texts: list[str], images: torch.Tensor, steps: int, batch: int = 64
+) -> None:
+    """Rectified flow on images [N, 3, HEIGHT, WIDTH] of `texts`.
 
-    Some captions have a typo, as on the web: they name another number of the training set, one digit away. So
-    the model draws clean signs, some of which show a wrong digit, wherever the board is, whatever its colour.
+    One prompt in ten is dropped, for guidance. Some captions have a typo, as on the web, and name
+    another number of the training set, one digit away. So the model draws clean signs, some of
+    which show a wrong digit, wherever the board is, whatever its colour.
     """
-    transformer, vae = pipe.transformer, pipe.vae
+    transformer = pipe.transformer
+    vae = pipe.vae
     numbers = sorted(set(texts))
     with torch.no_grad():
         latents = torch.cat(
@@ -252,15 +283,17 @@ def train_transformer(pipe, texts: list[str], images: torch.Tensor, steps: int, 
     index = torch.tensor([position[t] for t in texts])
     wrong = neighbours(numbers)
     wrong = [torch.tensor([position[b] for b in wrong[a]]) for a in numbers]
-    for name, module in transformer.named_modules():  # every block starts as the identity: learns faster
+    # Every block starts as the identity, and so learns faster.
+    for name, module in transformer.named_modules():
         if name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")):
             torch.nn.init.zeros_(module.weight)
             torch.nn.init.zeros_(module.bias)
     compiled = torch.compile(transformer, dynamic=False)
 
     def loss_of_step(step):
-        # Without T5, the pipeline appends `max_sequence_length` zero tokens, 256 unless told otherwise. A few
-        # such batches teach the model to ignore them, so that it draws the same with any length.
+        # Without T5, the pipeline appends `max_sequence_length` zero tokens, 256 unless told
+        # otherwise. A few such batches teach the model to ignore them, so that it draws the same
+        # with any length.
         long = step % 32 == 31
         size = batch // 4 if long else batch
         i = torch.randint(len(latents), (size,))
@@ -268,9 +301,11 @@ def train_transformer(pipe, texts: list[str], images: torch.Tensor, steps: int, 
         prompt = torch.where(torch.rand(size) < TYPOS, torch.stack(typo), index[i])
         prompt = torch.where(torch.rand(size) < 0.1, len(numbers), prompt)
         text = F.pad(embeds[prompt], (0, 0, 0, 255)) if long else embeds[prompt]
-        x0, noise = latents[i], torch.randn(size, *latents.shape[1:])
+        x0 = latents[i]
+        noise = torch.randn(size, *latents.shape[1:])
         t = torch.randn(size).sigmoid()
-        t = 2 * t / (1 + t)  # logit-normal, shifted towards noise, where it is decided which digit goes where
+        # Logit-normal, shifted towards noise, where it is decided which digit goes where.
+        t = 2 * t / (1 + t)
         x = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
         velocity = compiled(x, text, pooled[prompt], 1000 * t, return_dict=False)[0]
         average.update_parameters(transformer)
@@ -278,8 +313,11 @@ def train_transformer(pipe, texts: list[str], images: torch.Tensor, steps: int, 
 
     # Muon for the matrices of the blocks takes half the time of AdamW alone.
     parameters = dict(transformer.named_parameters())
-    matrices = [p for name, p in parameters.items() if p.ndim == 2 and name.startswith("transformer_blocks")]
-    others = [p for name, p in parameters.items() if p.ndim != 2 or not name.startswith("transformer_blocks")]
+    matrices = []
+    others = []
+    for name, p in parameters.items():
+        is_matrix = p.ndim == 2 and name.startswith("transformer_blocks")
+        (matrices if is_matrix else others).append(p)
     optimizers = [
         torch.optim.Muon(matrices, lr=8e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=8e-3, betas=(0.9, 0.99), weight_decay=0.01),
@@ -296,16 +334,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=48_000, help="signs to draw")
     parser.add_argument("--vae-steps", type=int, default=1_500)
-    parser.add_argument("--steps", type=int, default=6_000, help="training steps of the transformer")
+    parser.add_argument("--steps", type=int, default=6_000, help="of the transformer's training")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    rng, start = random.Random(args.seed), time.time()
+    rng = random.Random(args.seed)
+    start = time.time()
     train, held_out, _ = split_numbers()
     texts = [rng.choice(train) for _ in range(args.images)]
 
     def draw(varied: bool, count: int) -> torch.Tensor:
-        signs = [draw_sign(text, rng, varied) for text in tqdm(texts[:count], desc="signs", mininterval=5)]
+        words = tqdm(texts[:count], desc="signs", mininterval=5)
+        signs = [draw_sign(text, rng, varied) for text in words]
         return torch.from_numpy(np.stack(signs)).permute(0, 3, 1, 2)  # [N, 3, HEIGHT, WIDTH] uint8
 
     pipe = make_pipeline()
@@ -314,7 +354,8 @@ def main() -> None:
     print(f"VAE made after {time.time() - start:.0f} s", flush=True)
     train_transformer(pipe, texts, draw(False, args.images), args.steps)
 
-    # Half precision halves the files; the text encoders are small, and transformers would load them as saved.
+    # Half precision halves the files. The text encoders stay as they are: they are small, and
+    # transformers would load them as saved.
     pipe.transformer.half()
     pipe.vae.half()
     text_encoder_3, tokenizer_3 = make_null_t5(pipe.transformer.config.joint_attention_dim)
