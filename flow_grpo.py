@@ -329,9 +329,9 @@ class Samples:
 
 
 def batches(run: Run, indices, description: str):
-    """Yields, in batches, those of the images' indices that are this process's.
+    """Yields, in batches, this process's part of these indices.
 
-    An image is that of the process which draws it: batch i // batch_size goes to them in turn.
+    Image i belongs to process i // batch_size % PROCESSES, which draws it and trains on it.
     """
     size = run.config.batch_size
     own = [i for i in indices if i // size % PROCESSES == RANK]
@@ -416,7 +416,7 @@ def update(run: Run, samples: Samples) -> dict:
     norms = []
     for first in range(min(config.updates_per_epoch, len(kept))):
         chunk = kept[first :: config.updates_per_epoch]  # the images of one optimiser step
-        for indices in batches(run, chunk, "update"):  # A process trains on what it drew.
+        for indices in batches(run, chunk, "update"):
             totals.update(add_gradient(run, samples, indices, advantages, len(chunk)))
         # In the first optimiser step, the policy is the one that drew the images. A ratio other
         # than 1 there means that rollout and update disagree numerically, by different kernels.
@@ -462,8 +462,7 @@ def add_gradient(run: Run, samples: Samples, indices: list, advantages: Tensor, 
         _, log_prob, mean, std = score_step(k)
         kl = torch.zeros_like(log_prob)
         if config.beta > 0:
-            # The reference is the base model. It takes no memory, being the same network with its
-            # adapter off.
+            # The reference, which is the base model, is the same network with its adapter off.
             transformer.disable_adapters()
             with torch.no_grad():
                 _, _, ref_mean, _ = score_step(k)
@@ -484,24 +483,26 @@ def add_gradient(run: Run, samples: Samples, indices: list, advantages: Tensor, 
     return totals
 
 
-def optimizer_step(run: Run) -> float:
+def optimizer_step(run: Run):
     """Clip the gradient's norm to 1, step, and update the average when due.
 
-    Returns the norm before. It is infinite if the loss scale was too large: then the scaler lowers
-    the scale and skips the step, which does not count. Raises UserError if the scale is 1 already.
+    Returns the norm before. If it is not finite, the loss scale was too large: the scaler lowers
+    it, and skips the step, which does not count. Raises UserError if the scale is 1 already.
     """
+    run.scaler.scale(run.parameters[0])  # A process that has had no images has no scale yet.
     sum_gradients(run.parameters)
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, 1.0).item()
-    if not math.isfinite(norm) and run.scaler.get_scale() <= 1:
+    finite = math.isfinite(norm)
+    if not finite and run.scaler.get_scale() <= 1:
         raise UserError(f"the gradient is not finite: {DIVERGED}")
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
-    if math.isfinite(norm):
+    if finite:
         run.updates += 1
         if run.updates % run.config.ema_interval == 0:
-            # As in [C], the decay's warm-up counts optimiser steps, not those of the average.
+            # As in [C], the decay's warm-up counts optimiser steps.
             run.ema.optimization_step = run.updates
             run.ema.step(list(run.parameters))
     return norm
@@ -551,15 +552,16 @@ def train(run: Run):
             samples = collect(run)
             middle = time.perf_counter()
             metrics = averages(samples.columns, samples.records) | update(run, samples)
-            end = time.perf_counter()
-            metrics |= {"seconds_rollout": middle - start, "seconds_update": end - middle}
+            metrics["seconds_rollout"] = middle - start
+            metrics["seconds_update"] = time.perf_counter() - middle
+            del samples  # They are large, and would last through the next rollout.
             run.epoch += 1
             log(run, metrics)
 
 
 # ---- Several processes: torchrun starts equal copies of this script, which divide the batches.
 def join_processes():
-    """Meet the other processes, of which the first alone prints what is no error."""
+    """Join the other processes. Only process 0 prints, except for errors."""
     if torch.cuda.is_available():
         # From here on this is "cuda", to rewards as well. More processes than GPUs share these.
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -571,11 +573,11 @@ def join_processes():
 
 
 def first_to_fail():
-    """What ends one process ends all of them, and the first to fail says why."""
+    """Whether this process is the first to fail, and so says why. What ends one ends all."""
     if PROCESSES == 1:
         return True
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which torchrun ends the others
-    store = next(dist.rendezvous("env://"))[0]  # torchrun's own, which outlives them
+    store = dist.distributed_c10d._get_default_store()  # torchrun's own, which outlives them
     return store.add("failed", 1) == 1
 
 
@@ -587,7 +589,7 @@ def gather(value):
     return values
 
 
-def gathered(columns: dict) -> dict:
+def gathered(columns: dict):
     """All processes' columns, joined in order. A batch has the number of its first image as key."""
     merged = {}
     for part in gather(columns):
@@ -599,7 +601,8 @@ def gathered(columns: dict) -> dict:
 def sum_gradients(parameters: list):
     """Give each process the sum of all processes' gradients; one that had no images adds zeros."""
     for p in parameters:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
         if PROCESSES > 1:
             dist.all_reduce(p.grad)
 
@@ -689,12 +692,12 @@ def encode(run: Run, records: list) -> dict:
     encoders = filter(None, [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3])
     encoders = torch.nn.ModuleList(encoders).to(run.device)
     prompts = sorted({"", *[record["prompt"] for record in records]})
-    how = dict(device=run.device, max_sequence_length=run.config.max_sequence_length)
+    length = run.config.max_sequence_length
     texts = {}
     for i in range(0, len(prompts), 64):
         batch = prompts[i : i + 64]
         embeds, _, pooled, _ = pipe.encode_prompt(
-            batch, None, None, do_classifier_free_guidance=False, **how
+            batch, None, None, run.device, 1, False, max_sequence_length=length
         )
         texts |= zip(batch, zip(embeds.cpu(), pooled.cpu()))
     # T5 has 10 GB, and takes 7 s to the GPU and back. It stays there if there is room enough.
@@ -778,7 +781,7 @@ def read_prompts(path: str, reward: Reward):
     return records
 
 
-def split_prompts(config: Config, reward: Reward) -> tuple[list, list]:
+def split_prompts(config: Config, reward: Reward):
     """Training and evaluation records.
 
     Without an evaluation file, half the prompts (at most 256) are held out, the same for all seeds.
@@ -803,7 +806,10 @@ def atomic(path: Path, write: Callable):
     """Write under another name, then rename. So `path` is the old file or the new one."""
     temporary = path.with_name(f".{path.name}.new")  # load_lora_weights must not take it
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(temporary)
+    try:
+        write(temporary)
+    except Exception as e:  # torch and safetensors raise others than OSError.
+        raise UserError(f"can't write {path}, perhaps as the disk is full: {why(e)}") from e
     with open(temporary, "rb+") as f:
         os.fsync(f.fileno())
     os.replace(temporary, path)
@@ -897,7 +903,7 @@ def why(e):
         return (
             "it is gated: accept its licence on its page at huggingface.co, and run `hf auth login`"
         )
-    if re.search("LocalEntryNotFound|Connect|Offline|Timeout", chain):
+    if re.search("LocalEntryNotFound|ConnectError|requests.*Connection|Offline|Timeout", chain):
         return "what it needs is out of reach: check name and network"
     # cuDNN finds no engine when memory is short.
     if re.search("of memory|te memory|MemoryError|ALLOC_FAILED|unable to find an engine", summary):
@@ -972,7 +978,7 @@ def start(argv):
     return run
 
 
-def main(argv: list | None = None) -> int:
+def main(argv=None) -> int:
     """Train. Returns the exit code: 0, 2 for what the user can mend, 130 if interrupted."""
     hint = ""
     code = 2

@@ -267,12 +267,13 @@ def judgements(claim: str, records: list[dict]) -> dict[str, dict]:
 
 
 def runs_of(claim: str, records: list[dict]) -> dict[str, list[dict]]:
-    """Each variant's records by seed."""
+    """Each variant's records by seed. Of two with the same seed, the last counts."""
     runs = {}
     for name in CLAIMS[claim]:
         known = [record for record in records if record["claims"].get(claim) == name]
-        if known:
-            runs[name] = sorted(known, key=lambda record: record["seed"])
+        by_seed = {record["seed"]: record for record in known}
+        if by_seed:
+            runs[name] = [by_seed[seed] for seed in sorted(by_seed)]
     return runs
 
 

@@ -9,19 +9,15 @@ sign that PP-OCR doesn't read so has a red frame. Below each panel are numbers o
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusion3Pipeline
-from judge import judge
+from judge import judge, ocr
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parents[1]
-sys.path.append(str(HERE / "rewards"))
-import ocr
-
 COUNT = 8
 
 

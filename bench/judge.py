@@ -59,12 +59,14 @@ def frechet(images: Tensor, others: Tensor) -> float:
 
 def measure(images: Tensor, words: list[str], others: Tensor) -> dict[str, float]:
     """The four numbers of images [N, 3, H, W] that should show these words; others: real signs."""
-    texts = ocr.read(images)
-    exact = [text == word for text, word in zip(texts, words)]
-    clean = [re.fullmatch("[0-9]{3}", text) is not None for text in texts]
+    exact = 0
+    clean = 0
+    for text, word in zip(ocr.read(images), words):
+        exact += text == word
+        clean += re.fullmatch("[0-9]{3}", text) is not None
     return {
-        "exact": sum(exact) / len(exact),
-        "clean": sum(clean) / len(clean),
+        "exact": exact / len(words),
+        "clean": clean / len(words),
         "spread": spread(images),
         "frechet": frechet(images, others),
     }

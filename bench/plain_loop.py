@@ -90,7 +90,6 @@ def decode(vae, latents: Tensor) -> Tensor:
 def collect(run) -> list[Batch]:
     """Draw an epoch's images, with noise in the first `sde_steps` steps, and score them."""
     config = run.config
-    run.pipe.to(run.device)
     run.pipe.scheduler.set_timesteps(TRAIN_STEPS)
     times = run.pipe.scheduler.sigmas.tolist()
     generator = torch.Generator(run.device).manual_seed(run.epoch)

@@ -232,9 +232,25 @@ def test_the_tables_in_results_are_those_of_the_records():
     assert tables == (RESULTS / "claims.md").read_text(encoding="utf-8")
 
 
+def test_of_two_records_with_the_same_seed_the_last_counts():
+    records = [{"claims": {"gain": "Flow-GRPO"}, "seed": 0, "commit": commit} for commit in "ab"]
+    assert claims.runs_of("gain", records) == {"Flow-GRPO": records[1:]}
+
+
 def test_claims_share_the_runs_with_equal_settings():
     settings = claims.DEFAULTS | claims.LONG | {"seed": 5}
     assert claims.names_of(settings) == {"gain": "Flow-GRPO", "kl": "beta 0.4"}
+
+
+def test_rates_are_chosen_on_numbers_that_are_not_in_the_prompt_file(tmp_path):
+    settings = claims.DEFAULTS | claims.CLAIMS["rates"]["SFT, 0.01"] | {"seed": 100}
+    run = claims.start(settings, tmp_path)
+    trained = {record["prompt"] for record in run.train_records}
+    evaluated = {record["prompt"] for record in run.eval_records}
+    assert len(run.eval_records) == 128
+    assert len(trained) == 500
+    assert len(evaluated) == 64
+    assert not trained & evaluated
 
 
 # ---- A claim from end to end.

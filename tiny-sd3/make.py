@@ -37,7 +37,8 @@ from transformers import (
     T5EncoderModel,
 )
 
-HEIGHT, WIDTH = 32, 64
+HEIGHT = 32
+WIDTH = 64
 PROMPT = 'a sign that says "{}"'
 TEXT_LENGTH = 12  # CLIP tokens; the prompts take 11
 TYPOS = 0.25  # the share of training captions in which one digit is wrong
@@ -276,9 +277,12 @@ def train_transformer(
             ]
         )
         embeds, _, pooled, _ = pipe.encode_prompt(
-            [PROMPT.format(n) for n in numbers] + [""], None, None, do_classifier_free_guidance=False,
+            [PROMPT.format(n) for n in numbers] + [""],
+            None,
+            None,
+            do_classifier_free_guidance=False,
             max_sequence_length=1,
-        )  # fmt: skip
+        )
     position = {n: i for i, n in enumerate(numbers)}
     index = torch.tensor([position[t] for t in texts])
     wrong = neighbours(numbers)
