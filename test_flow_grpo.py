@@ -896,7 +896,7 @@ def test_each_of_many_prompts_has_its_own_text(model, work):
     assert texts.keys() == {"", *prompts}
     for prompt in ("", *prompts[::10]):
         alone = flow_grpo.encode(run, [{"prompt": prompt}])[prompt]
-        assert all(map(torch.allclose, texts[prompt], alone))
+        torch.testing.assert_close(texts[prompt], alone, rtol=1e-4, atol=1e-5)
     different = torch.stack([pooled for _, pooled in texts.values()]).unique(dim=0)
     assert len(different) == 151
 
@@ -2404,7 +2404,7 @@ def test_a_run_of_two_processes_goes_on_with_one(teams, tmp_path):
 
 
 def test_process_0_alone_writes(teams):
-    for run in ("two", "idle", "nan"):
+    for run in ("two", "idle"):
         assert "checkpoint.pt" in seen(run, 0)["files"]
         assert not seen(run, 1)["files"]
 
@@ -2412,7 +2412,7 @@ def test_process_0_alone_writes(teams):
 def test_process_0_alone_prints(teams):
     printed = Path("stdout").read_text()
     assert printed.count("Training ") == 3
-    assert printed.count("epoch 2: reward ") == 1
+    assert len(re.findall("^epoch 2: .* kl ", printed, re.MULTILINE)) == 1
     assert printed.count("Weights and images are in two") == 1
 
 
