@@ -26,15 +26,17 @@ from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_tensor
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import clipscore
 import geneval
 import ocr
 import pickscore
+
 from test_flow_grpo import pretended_gpu
 
+HERE = Path(__file__).resolve().parent
 BENCH = {"class": "bench", "count": 1}
 BOX = (0, 0, 9, 9)
 RIGHT_BOX = (50, 0, 59, 9)
@@ -876,7 +878,7 @@ def test_the_reward_judges_the_colors_that_clip_sees(finds_two_benches):
 
 
 def imported_anew(module):
-    """The module as it is on this device, for which it decides when imported, with the same models."""
+    """The module as it decides to be on this device when imported, with the same models."""
     spec = util.spec_from_file_location(f"{module.__name__}_anew", module.__file__)
     new = util.module_from_spec(spec)
     spec.loader.exec_module(new)
