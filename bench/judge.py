@@ -61,7 +61,8 @@ def measure(images: Tensor, words: list[str], others: Tensor) -> dict[str, float
     """The four numbers of images [N, 3, H, W] that should show these words; others: real signs."""
     exact = 0
     clean = 0
-    for text, word in zip(ocr.read(images), words):
+    texts = ocr.read(images)
+    for text, word in zip(texts, words):
         exact += text == word
         clean += re.fullmatch("[0-9]{3}", text) is not None
     return {
