@@ -98,7 +98,7 @@ class Config:
 
 
 TINY = Config(  # For tiny-sd3, which learns within minutes on two cores of a CPU.
-    model=str(HERE / "tiny-sd3"), epochs=60, prompts_per_epoch=12, group_size=16, batch_size=96,
+    model=str(HERE / "tiny-sd3"), epochs=60, prompts_per_epoch=12, group_size=16, batch_size=48,
     learning_rate=3e-3, beta=0.4, guidance_scale=1.0, noise_level=1.0, sde_steps=7, sde_range=7,
     lora_rank=16, ema_interval=4, height=32, width=64, max_sequence_length=1, eval_every=30,
 )  # fmt: skip
@@ -328,18 +328,15 @@ class Samples:
     columns: dict[str, Tensor]  # [N] each, of all processes: `reward`, and what it is made of
 
 
-def batches(run: Run, indices, description: str):
-    """Yields, in batches, this process's part of these indices.
-
-    Image i belongs to process i // batch_size % PROCESSES, which draws it and trains on it.
-    """
+def batches(run: Run, indices, description):
+    """Yields, in batches, the indices of the images that this process draws and trains on."""
     size = run.config.batch_size
     own = [i for i in indices if i // size % PROCESSES == RANK]
     for start in bar(range(0, len(own), size), description):
         yield own[start : start + size]
 
 
-def padded(indices: list, size: int) -> list:
+def padded(indices, size: int) -> list:
     """A batch filled up with repeats, which don't count.
 
     The last bits of a network's output depend on the batch size. With one size in rollout and
@@ -411,6 +408,7 @@ def update(run: Run, samples: Samples) -> dict:
     # policy's term is N / kept times as large as in [P], and equal scores mean no KL, either.
     kept = advantages.nonzero().flatten().tolist()
     Random(f"{config.seed} {run.epoch}").shuffle(kept)
+    kept.sort(key=lambda i: i // config.batch_size)  # so that a chunk has a part of each batch
     totals = Counter()  # Counter.update adds.
     ratio_deviation = 0.0
     norms = []
@@ -589,7 +587,7 @@ def gather(value):
     return values
 
 
-def gathered(columns: dict):
+def gathered(columns):
     """All processes' columns, joined in order. A batch has the number of its first image as key."""
     merged = {}
     for part in gather(columns):
@@ -683,7 +681,7 @@ def prepare(config: Config, pipe, reward: Reward, train_records, eval_records) -
 
 
 @torch.no_grad()
-def encode(run: Run, records: list) -> dict:
+def encode(run: Run, records: list):
     """Encode each different prompt, and the empty one, once.
 
     Returns prompt -> (embeds [L, D], pooled [D']) on the CPU, like all that is kept for an epoch.
@@ -745,7 +743,7 @@ def score_images(reward: Reward, images: Tensor, records: list) -> dict:
         ) from e
 
 
-def averages(columns: dict, records: list, prefix="") -> dict:
+def averages(columns, records, prefix="") -> dict:
     """Each column's mean. If records have tags, it is that of the tags' means, as in GenEval."""
     tags = [str(record.get("tag")) for record in records]
     sizes = Counter(tags)
