@@ -2796,7 +2796,8 @@ def test_the_pretended_gpu_leaves_nothing_behind(monkeypatch):
 ON_GPU = """
 def on_gpu(images, prompts, records):
     assert images.is_cuda and images.dtype == torch.float32
-    return red(images, prompts, records)
+    scores = red(images, prompts, records)
+    return torch.as_tensor(scores).to(images.device)
 """
 RECIPES = {
     "published": ("with-T5", {}),
