@@ -15,11 +15,11 @@ G images each (a group), so N = P * G images. Latents are [B, C, H, W], but the 
 x_t = (1 - t) x_0 + t x_1, and velocity = x_1 - x_0.
 
 An epoch of the published recipe draws 48 prompts x 24 images = 1,152 images in 10 steps each,
-scores them, and trains on 9 of the 10 steps in 2 optimiser steps of 576 images. With guidance, each
-velocity takes two passes of the network, one with the prompt and one without. So to draw an image
-takes 20 passes, and 80 in an evaluation, which has 40 steps. To train on an image takes 36 passes
-forward (9 steps x 2 passes, for the policy and for its reference), and 9 backward, because only the
-policy's pass with the prompt has a gradient.
+scores them, and trains on the first 9 of the steps in 2 optimiser steps of up to 576 images. With
+guidance, each velocity takes two passes of the network, one with the prompt and one without. So to
+draw an image takes 20 passes, and 80 in an evaluation, which has 40 steps. To train on an image
+takes 36 passes forward (9 steps x 2 passes, for the policy and for its reference), and 9 backward,
+because only the policy's pass with the prompt has a gradient.
 """
 
 import signal
@@ -60,6 +60,7 @@ TRAIN_STEPS = 10  # Denoising reduction [P]: a rollout's few steps are enough to
 EVAL_STEPS = 40  # An evaluation has as many as one would use the model with.
 RANK = int(os.environ.get("RANK", 0))  # torchrun tells each process its number,
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 bar = partial(tqdm, leave=False, disable=RANK > 0 or None)  # in process 0, on a terminal
 
 
@@ -78,23 +79,23 @@ class Config:
     prompts_per_epoch: int = 48  # Prompts in an epoch.
     group_size: int = 24  # Images for each prompt, which are compared with each other.
     updates_per_epoch: int = 2  # Optimiser steps in an epoch. All but the first are off-policy.
-    batch_size: int = 4  # Images in one pass of the network. Fewer need less memory.
+    batch_size: int = 4  # Images in one pass. Fewer need less memory, and other noise is drawn.
     learning_rate: float = 3e-4  # Of AdamW.
     beta: float = 0.04  # Weight of the KL penalty, which holds the model near the base model.
     clip_range: float = 1e-4  # Of the ratio. It is tiny because log-probs are means over elements.
     guidance_scale: float = 4.5  # Classifier-free guidance in training and evaluation; 1 for none.
     noise_level: float = 0.7  # Of the SDE.
     sde_steps: int = 9  # A window of so many steps in a row has noise and is trained.
-    sde_range: int = 9  # It lies within the first so many of the 10 steps, drawn anew each epoch.
+    sde_range: int = 9  # The window lies in the first so many steps. Each epoch draws its place.
     lora_rank: int = 32  # Of the adapter. Its alpha is twice that.
-    ema_interval: int = 8  # Optimiser steps between two of the adapter's moving average.
+    ema_interval: int = 8  # Optimiser steps from one move of the adapter's average to the next.
     height: int = 512  # Of the images, in pixels.
     width: int = 512  # Of the images, in pixels.
-    max_sequence_length: int = 128  # T5 tokens. If a model lacks T5, as many zeros stand for them.
+    max_sequence_length: int = 128  # T5 tokens of a prompt. A model without T5 takes zeros instead.
     eval_every: int = 20  # Epochs between two evaluations.
     gradient_checkpointing: bool = False  # Compute activations twice to save memory.
     compile: bool = False  # Compile the network's blocks.
-    seed: int = 0  # Of the adapter, the prompts' order, and the noise.
+    seed: int = 0  # Of all that is random in training. An evaluation's noise is always the same.
 
 
 TINY = Config(  # For tiny-sd3, which learns within minutes on two cores of a CPU.
@@ -145,9 +146,8 @@ def sde_step(
             device = generator.device if generator else x.device
             noise = torch.randn(x.shape, generator=generator, device=device)
             x_next = mean + std * noise.to(x.device)
-    x_next = (
-        x_next.detach().float()
-    )  # A sample is data: log_prob's gradient goes through the mean alone.
+    # A sample is data: log_prob's gradient goes through the mean alone.
+    x_next = x_next.detach().float()
     if noise_level == 0:
         return x_next, x.new_zeros(len(x)), mean, std
     log_prob = -((x_next - mean) ** 2) / (2 * std**2) - std.log() - math.log(2 * math.pi) / 2
@@ -173,13 +173,12 @@ def rollout(
     Returns latents [B, T + 1, ...], from the noise to the image, and the steps' log_probs [B, T].
     """
     levels = noise_level if isinstance(noise_level, Sequence) else [noise_level] * (len(times) - 1)
-    latents = [x.float()]
+    x = x.float()
+    latents = [x]
     log_probs = []
     for k, level in enumerate(levels):
-        v = velocity(latents[k], k).detach()
-        x, log_prob, _, _ = sde_step(
-            v, latents[k], times[k], times[k + 1], level, generator=generator
-        )
+        v = velocity(x, k).detach()
+        x, log_prob, _, _ = sde_step(v, x, times[k], times[k + 1], level, generator=generator)
         latents.append(x)
         log_probs.append(log_prob)
     return torch.stack(latents, 1), torch.stack(log_probs, 1)
@@ -230,7 +229,7 @@ def grpo_loss(
             "ratio_mean": ratio.mean(),
             "clipfrac": ((ratio - 1).abs() > clip_range).float().mean(),
             # The usual estimate, (ratio - 1) - log_ratio, would cancel to 0 at ratios so near to 1.
-            # As log-probs are means over elements, it is 1 / E^2 of the policies' KL.
+            # This one is 1 / E^2 of the policies' KL. `kl` is 1 / E of one, times |dt|.
             "approx_kl": 0.5 * (log_ratio**2).mean(),
             "policy_loss": policy_loss.detach(),
             "kl": kl.detach().mean(),
@@ -251,9 +250,8 @@ def predict_velocity(
 
     def predict(embeds, pooled):
         timestep = torch.full((len(x),), 1000 * t, device=x.device)
-        return transformer(x.to(embeds.dtype), embeds, pooled, timestep, return_dict=False)[
-            0
-        ].float()
+        v = transformer(x.to(embeds.dtype), embeds, pooled, timestep, return_dict=False)[0]
+        return v.float()
 
     conditional = predict(*text)
     if guidance_scale == 1:
@@ -299,9 +297,8 @@ class Run:
     config: Config
     pipe: StableDiffusion3Pipeline  # with the LoRA adapter in its frozen transformer
     reward: Reward
-    train_records: list  # dicts, those of the prompt file; each has a `prompt`
+    train_records: list  # dicts of the prompt file; each has a `prompt`, GenEval's also a `tag`
     eval_records: list
-    device: str  # "cuda" or "cpu"
     latent_shape: tuple  # C, H, W
     parameters: torch.nn.ParameterList  # the adapter, in float32, which draws the rollouts
     ema: EMAModel  # its moving average, which draws the evaluations, and is saved for use
@@ -329,7 +326,10 @@ class Samples:
 
 
 def batches(run: Run, indices, description):
-    """Yields, in batches, the indices of the images that this process draws and trains on."""
+    """Yields, in batches, those indices whose images this process draws and trains on.
+
+    Image i was drawn in batch i // batch_size, and batch n belongs to process n % PROCESSES.
+    """
     size = run.config.batch_size
     own = [i for i in indices if i // size % PROCESSES == RANK]
     for start in bar(range(0, len(own), size), description):
@@ -350,7 +350,7 @@ def velocity_along(run: Run, times: list, texts: dict, prompts: list) -> Callabl
 
     def stacked(prompts):
         parts = zip(*[texts[prompt] for prompt in prompts])
-        return [torch.stack(part).to(run.device) for part in parts]
+        return [torch.stack(part).to(DEVICE) for part in parts]
 
     text = stacked(prompts)
     null_text = stacked([""] * len(prompts))
@@ -377,27 +377,25 @@ def collect(run: Run) -> Samples:
     latents = torch.empty(len(records), TRAIN_STEPS + 1, *run.latent_shape)
     log_probs = torch.empty(len(records), TRAIN_STEPS)
     texts = encode(run, records)
-    columns = {}
+    by_batch = {}
     for indices in batches(run, range(len(records)), "rollout"):
         prompts = [records[i]["prompt"] for i in padded(indices, config.batch_size)]
         velocity = velocity_along(run, times, texts, prompts)
         # Each batch has its own generator, so images don't depend on the number of processes.
         seed = Random(f"{epoch_seed} {indices[0]}").getrandbits(63)
-        generator = torch.Generator(run.device).manual_seed(seed)
-        noise = torch.randn(
-            config.batch_size, *run.latent_shape, generator=generator, device=run.device
-        )
+        generator = torch.Generator(DEVICE).manual_seed(seed)
+        x = torch.randn(config.batch_size, *run.latent_shape, generator=generator, device=DEVICE)
         # A compiled network has other kernels without autograd. The update needs autograd, so the
-        # rollout has it on, too, and detaches the results.
+        # rollout has it on, too. What it returns is detached.
         with torch.set_grad_enabled(config.compile):
-            path, step_log_probs = rollout(velocity, noise, times, levels, generator)
+            path, step_log_probs = rollout(velocity, x, times, levels, generator)
         count = len(indices)
         latents[indices] = path[:count].cpu()
         log_probs[indices] = step_log_probs[:count].cpu()
         images = decode(run.pipe.vae, path[:count, -1])
         drawn = [records[i] for i in indices]
-        columns[indices[0]] = score_images(run.reward, images, drawn)
-    return Samples(records, texts, times, trained, latents, log_probs, gathered(columns))
+        by_batch[indices[0]] = score_images(run.reward, images, drawn)
+    return Samples(records, texts, times, trained, latents, log_probs, gathered(by_batch))
 
 
 def update(run: Run, samples: Samples) -> dict:
@@ -405,20 +403,23 @@ def update(run: Run, samples: Samples) -> dict:
     config = run.config
     advantages = group_advantages(samples.columns["reward"].view(-1, config.group_size)).flatten()
     # As in [C], images whose advantage is 0 are dropped, and means are over the others. So the
-    # policy's term is N / kept times as large as in [P], and equal scores mean no KL, either.
+    # policy's term is N / kept times as large as in [P], and the KL is that of the others alone.
     kept = advantages.nonzero().flatten().tolist()
+    # The images of each batch are shuffled, and dealt to the optimiser steps one by one. So each
+    # step has about as many images of each batch, hence for each process.
     Random(f"{config.seed} {run.epoch}").shuffle(kept)
-    kept.sort(key=lambda i: i // config.batch_size)  # so that a chunk has a part of each batch
+    kept.sort(key=lambda i: i // config.batch_size)
     totals = Counter()  # Counter.update adds.
     ratio_deviation = 0.0
     norms = []
-    for first in range(min(config.updates_per_epoch, len(kept))):
-        chunk = kept[first :: config.updates_per_epoch]  # the images of one optimiser step
+    for step in range(min(config.updates_per_epoch, len(kept))):
+        chunk = kept[step :: config.updates_per_epoch]
         for indices in batches(run, chunk, "update"):
             totals.update(add_gradient(run, samples, indices, advantages, len(chunk)))
         # In the first optimiser step, the policy is the one that drew the images. A ratio other
-        # than 1 there means that rollout and update disagree numerically, by different kernels.
-        if first == 0:
+        # than 1 there means that the kernels of rollout and update disagree numerically. This is
+        # the largest |ratio - 1| of a batch at a denoising step, as a mean over batches and steps.
+        if step == 0:
             ratio_deviation = float(totals["ratio_deviation"])
         norms.append(optimizer_step(run))
     means = Counter()
@@ -433,10 +434,9 @@ def update(run: Run, samples: Samples) -> dict:
 
 
 def add_gradient(run: Run, samples: Samples, indices: list, advantages: Tensor, chunk_size: int):
-    """Add the gradient of a batch's part of the mean loss over a chunk of that size.
+    """Add the gradient of a batch's part of the loss, a mean over a chunk's images and S steps.
 
-    Returns its part of the chunk's means: the statistics of `grpo_loss`, and `ratio_deviation`, the
-    largest |ratio - 1| of a batch at a step, averaged like the others.
+    Returns the same part of the means of `grpo_loss`'s statistics and of the largest |ratio - 1|.
     """
     config = run.config
     transformer = run.pipe.transformer
@@ -445,36 +445,38 @@ def add_gradient(run: Run, samples: Samples, indices: list, advantages: Tensor, 
     filled = padded(indices, config.batch_size)
     prompts = [samples.records[i]["prompt"] for i in filled]
     velocity = velocity_along(run, times, samples.texts, prompts)
-    latents = samples.latents[filled].to(run.device)
-    old_log_probs = samples.log_probs[indices].to(run.device)
-    advantage = advantages[indices].to(run.device)
+    latents = samples.latents[filled].to(DEVICE)
+    old_log_probs = samples.log_probs[indices].to(DEVICE)
+    advantage = advantages[indices].to(DEVICE)
     weight = count / chunk_size / len(samples.trained)
     totals = Counter()
 
-    def score_step(k):
+    def sde_step_at(k):
         x = latents[:, k]
         v = velocity(x, k)
         return sde_step(v, x, times[k], times[k + 1], config.noise_level, x_next=latents[:, k + 1])
 
+    ref_means = {}
+    if config.beta > 0:
+        # The reference, which is the base model, is the same network with its adapter off. It goes
+        # through all steps at once, because to switch a large adapter takes milliseconds.
+        transformer.disable_adapters()
+        with torch.no_grad():
+            for k in samples.trained:
+                _, _, ref_means[k], _ = sde_step_at(k)
+        transformer.enable_adapters()
     for k in samples.trained:
-        _, log_prob, mean, std = score_step(k)
+        _, log_prob, mean, std = sde_step_at(k)
+        log_prob = log_prob[:count]
         kl = torch.zeros_like(log_prob)
         if config.beta > 0:
-            # The reference, which is the base model, is the same network with its adapter off.
-            transformer.disable_adapters()
-            with torch.no_grad():
-                _, _, ref_mean, _ = score_step(k)
-            transformer.enable_adapters()
             # The factor |dt| is not in [P]. [C] has it, as it leaves |dt| out of the variance, and
             # the published betas are for it. It gives late steps, with little noise, more weight,
-            # for the images' quality. Without it, the KL is exact, and 25 times (first step) to 4
-            # times (ninth) as large, so divide beta by about 10.
-            kl = gaussian_kl(mean, ref_mean, std) * (times[k] - times[k + 1])
-        log_prob = log_prob[:count]
+            # for the images' quality. Without it, the KL is exact (per element), and 25 times
+            # (first step) to 4 times (ninth) as large, so divide beta by about 10.
+            kl = gaussian_kl(mean, ref_means[k], std)[:count] * (times[k] - times[k + 1])
         old = old_log_probs[:, k]
-        loss, stats = grpo_loss(
-            log_prob, old, advantage, kl[:count], config.clip_range, config.beta
-        )
+        loss, stats = grpo_loss(log_prob, old, advantage, kl, config.clip_range, config.beta)
         stats["ratio_deviation"] = (log_prob.detach() - old).expm1().abs().max()
         run.scaler.scale(loss * weight).backward()
         totals.update({name: value * weight for name, value in stats.items()})
@@ -484,10 +486,11 @@ def add_gradient(run: Run, samples: Samples, indices: list, advantages: Tensor, 
 def optimizer_step(run: Run):
     """Clip the gradient's norm to 1, step, and update the average when due.
 
-    Returns the norm before. If it is not finite, the loss scale was too large: the scaler lowers
-    it, and skips the step, which does not count. Raises UserError if the scale is 1 already.
+    Returns the norm before. If it is not finite in float16, the loss scale was too large: the
+    scaler lowers it, and skips the step, which does not count. Raises UserError if the scale is 1
+    already, as it always is where the scaler is off.
     """
-    run.scaler.scale(run.parameters[0])  # A process that has had no images has no scale yet.
+    run.scaler.scale(run.parameters[0])  # This makes the scale, if the process had no images.
     sum_gradients(run.parameters)
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, 1.0).item()
@@ -511,28 +514,27 @@ def evaluate(run: Run):
     """Draw as a user does, by 40 ODE steps with the averaged adapter.
 
     Prompt n, from 0, has the noise that a stock pipeline draws with a CPU generator of seed n. So
-    the images are that pipeline's up to rounding: latents stay in float32, and batches differ.
-    Returns means of the reward's columns, and the first 16 images.
+    with the same steps, guidance and size, the images are that pipeline's up to rounding: latents
+    stay in float32 here, and batches differ. Returns the reward's columns, as means over the
+    prompts (for GenEval, over the means of its tags), and the first 16 images.
     """
     times = schedule(run.pipe.scheduler, EVAL_STEPS)
     dtype = run.pipe.transformer.dtype
     texts = encode(run, run.eval_records)
-    columns = {}
+    by_batch = {}
     run.ema.store(run.parameters)
     run.ema.copy_to(run.parameters)
     for indices in batches(run, range(len(run.eval_records)), "evaluation"):
         records = [run.eval_records[i] for i in indices]
         velocity = velocity_along(run, times, texts, [record["prompt"] for record in records])
-        noise = [
-            torch.randn(run.latent_shape, generator=torch.manual_seed(i), dtype=dtype)
-            for i in indices
-        ]
-        path, _ = rollout(velocity, torch.stack(noise).to(run.device), times, noise_level=0.0)
+        generators = [torch.Generator().manual_seed(i) for i in indices]
+        noise = [torch.randn(run.latent_shape, generator=g, dtype=dtype) for g in generators]
+        path, _ = rollout(velocity, torch.stack(noise).to(DEVICE), times, noise_level=0.0)
         images = decode(run.pipe.vae, path[:, -1])
         scores = score_images(run.reward, images, records)
-        columns[indices[0]] = {**scores, "images": images[: max(0, 16 - indices[0])].cpu()}
+        by_batch[indices[0]] = {**scores, "images": images[: max(0, 16 - indices[0])].cpu()}
     run.ema.restore(run.parameters)
-    columns = gathered(columns)
+    columns = gathered(by_batch)
     images = columns.pop("images")
     return averages(columns, run.eval_records, "eval_"), images
 
@@ -554,13 +556,13 @@ def train(run: Run):
             metrics["seconds_update"] = time.perf_counter() - middle
             del samples  # They are large, and would last through the next rollout.
             run.epoch += 1
-            log(run, metrics)
+            log(run, metrics)  # It also saves the run.
 
 
 # ---- Several processes: torchrun starts equal copies of this script, which divide the batches.
 def join_processes():
     """Join the other processes. Only process 0 prints, except for errors."""
-    if torch.cuda.is_available():
+    if DEVICE == "cuda":
         # From here on this is "cuda", to rewards as well. More processes than GPUs share these.
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     # Gloo serves GPUs, too. It fails at once when a process dies, and an optimiser step of SD3.5
@@ -611,7 +613,7 @@ def load_pipeline(model: str) -> StableDiffusion3Pipeline:
 
     For a GPU, it is in half precision, except for the autoencoder, which could overflow.
     """
-    dtype = torch.float16 if torch.cuda.is_available() else torch.float32
+    dtype = torch.float16 if DEVICE == "cuda" else torch.float32
     try:
         parts = StableDiffusion3Pipeline.load_config(model)
         # A pipeline may have been saved without T5.
@@ -652,9 +654,8 @@ def prepare(config: Config, pipe, reward: Reward, train_records, eval_records) -
         torch.autograd.set_multithreading_enabled(False)  # The limit is this thread's alone.
         for block in transformer.transformer_blocks:
             block.compile(dynamic=False)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    transformer.to(device)
-    pipe.vae.to(device)
+    transformer.to(DEVICE)
+    pipe.vae.to(DEVICE)
     # For the adapter. TF32 has as many digits as float16.
     torch.set_float32_matmul_precision("high")
     # cuDNN's attention, which torch prefers on the newest GPUs, has other kernels with a graph.
@@ -665,7 +666,6 @@ def prepare(config: Config, pipe, reward: Reward, train_records, eval_records) -
         reward,
         train_records,
         eval_records,
-        device,
         latent_shape=(
             transformer.config.in_channels,
             config.height // factor,
@@ -676,7 +676,7 @@ def prepare(config: Config, pipe, reward: Reward, train_records, eval_records) -
         optimizer=torch.optim.AdamW(parameters, config.learning_rate, weight_decay=1e-4),
         # A log_prob is a mean over 65,536 elements, and a batch one of many. So small a loss has
         # gradients that underflow in half precision, some of them even at the usual scale of 2^16.
-        scaler=torch.amp.GradScaler(device, 2.0**20, enabled=transformer.dtype == torch.float16),
+        scaler=torch.amp.GradScaler(DEVICE, 2.0**20, enabled=transformer.dtype == torch.float16),
     )
 
 
@@ -688,18 +688,18 @@ def encode(run: Run, records: list):
     """
     pipe = run.pipe
     encoders = filter(None, [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3])
-    encoders = torch.nn.ModuleList(encoders).to(run.device)
+    encoders = torch.nn.ModuleList(encoders).to(DEVICE)
     prompts = sorted({"", *[record["prompt"] for record in records]})
     length = run.config.max_sequence_length
     texts = {}
     for i in range(0, len(prompts), 64):
         batch = prompts[i : i + 64]
         embeds, _, pooled, _ = pipe.encode_prompt(
-            batch, None, None, run.device, 1, False, max_sequence_length=length
+            batch, None, None, DEVICE, 1, False, max_sequence_length=length
         )
         texts |= zip(batch, zip(embeds.cpu(), pooled.cpu()))
     # T5 has 10 GB, and takes 7 s to the GPU and back. It stays there if there is room enough.
-    if run.device == "cuda" and torch.cuda.mem_get_info()[1] < 40e9:
+    if DEVICE == "cuda" and torch.cuda.mem_get_info()[1] < 40e9:
         encoders.to("cpu")
     return texts
 
@@ -737,10 +737,8 @@ def score_images(reward: Reward, images: Tensor, records: list) -> dict:
                     raise ValueError(f"{name} is {value} for '{prompt}'")
         return {**columns, "reward": next(iter(columns.values()))}
     except (Exception, SystemExit) as e:
-        due = f"where {len(records)} finite numbers were due"
-        raise UserError(
-            f"the reward {reward.name} failed at '{prompts[0]}', {due}: {why(e)}"
-        ) from e
+        where = f"at '{prompts[0]}', where each image needs one finite number"
+        raise UserError(f"the reward {reward.name} failed {where}: {why(e)}") from e
 
 
 def averages(columns, records, prefix="") -> dict:
@@ -762,11 +760,9 @@ def read_prompts(path: str, reward: Reward):
         for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1):
             if line.strip():
                 place = f"{path}, line {number}"
-                record = (
-                    json.loads(line)
-                    if path.lower().endswith(".jsonl")
-                    else {"prompt": line.strip()}
-                )
+                record = {"prompt": line.strip()}
+                if path.lower().endswith(".jsonl"):
+                    record = json.loads(line)
                 prompt = record.get("prompt") if isinstance(record, dict) else None
                 if not isinstance(prompt, str) or b"\0" in prompt.encode():
                     raise ValueError("a record needs a `prompt` of Unicode text")
@@ -774,7 +770,7 @@ def read_prompts(path: str, reward: Reward):
                 records.append(record)
         if not records:
             raise ValueError("it has no prompts")
-    except Exception as e:  # A reward's check may raise any.
+    except (Exception, SystemExit) as e:  # A reward's check may raise any.
         raise UserError(f"can't use the prompt file {place}: {e}; mend it, or give another") from e
     return records
 
@@ -847,7 +843,7 @@ def restore(run: Run, state: dict):
                 getattr(run, name).load_state_dict(state[name])
     except RuntimeError as e:
         raise UserError(f"the run doesn't fit {run.config.model}: give its model by --model") from e
-    run.ema.to(run.device)
+    run.ema.to(DEVICE)
 
 
 @cache
@@ -898,9 +894,7 @@ def why(e):
         chain += f" {type(e).__mro__}"
         e = e.__cause__ or e.__context__
     if "GatedRepo" in chain:
-        return (
-            "it is gated: accept its licence on its page at huggingface.co, and run `hf auth login`"
-        )
+        return "it is gated: accept its licence on huggingface.co, and run `hf auth login`"
     if re.search("LocalEntryNotFound|ConnectError|requests.*Connection|Offline|Timeout", chain):
         return "what it needs is out of reach: check name and network"
     # cuDNN finds no engine when memory is short.
@@ -917,7 +911,7 @@ def configure(argv):
     Flags come before the settings of a resumed run, and else before the defaults of the model.
     """
     parse = partial(tyro.cli, Config, args=argv, console_outputs=RANK == 0)
-    config = parse(default=Config() if torch.cuda.is_available() else TINY)
+    config = parse(default=Config() if DEVICE == "cuda" else TINY)
     folder = config.resume or config.output_dir or time.strftime("runs/%Y%m%d-%H%M%S")
     checkpoint = Path(folder, "checkpoint.pt")
     state = None
@@ -965,14 +959,14 @@ def start(argv):
     else:
         records = split_prompts(config, reward)
     # A blank image loads the reward's models and finds what fails.
-    blank = torch.zeros(1, 3, config.height, config.width)
-    score_images(reward, blank.cuda() if torch.cuda.is_available() else blank, records[0][:1])
+    blank = torch.zeros(1, 3, config.height, config.width, device=DEVICE)
+    score_images(reward, blank, records[0][:1])
     run = prepare(config, load_pipeline(config.model), reward, *records)
     if state:
         restore(run, state)
     if RANK == 0:
         save(run)
-    print(f"Training {config.model} on the {run.device}, after {run.epoch} epochs.")
+    print(f"Training {config.model} on the {DEVICE}, after {run.epoch} epochs.")
     return run
 
 

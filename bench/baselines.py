@@ -60,7 +60,7 @@ def add_gradient(run, loss_of, texts, prompts, images, advantages, generator) ->
     times = train_times(generator)
     total = 0.0
     for t in times:
-        noise = torch.randn(noise_shape, generator=generator).to(run.device)
+        noise = torch.randn(noise_shape, generator=generator).to(flow_grpo.DEVICE)
         x = (1 - t) * images + t * noise
         target = noise - images
         velocity = flow_grpo.velocity_along(run, [t], texts, prompts)
@@ -113,8 +113,8 @@ def update(loss_of: Callable, run, samples) -> dict[str, float]:
             loss_of,
             samples.texts,
             prompts,
-            images[chunk].to(run.device),
-            advantages[chunk].to(run.device),
+            images[chunk].to(flow_grpo.DEVICE),
+            advantages[chunk].to(flow_grpo.DEVICE),
             generator,
         )
         losses.append(loss)

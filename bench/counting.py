@@ -162,7 +162,7 @@ def main() -> None:
         FakeTensorMode(),
         # A model without data can't be moved.
         mock.patch.object(torch.nn.Module, "to", lambda self, *args, **kwargs: self),
-        mock.patch("torch.cuda.is_available", return_value=False),
+        mock.patch.object(flow_grpo, "DEVICE", "cpu"),
     ):
         always, peaks, run = count_memory(batch_sizes, checkpointing=False)
         _, checkpointed, _ = count_memory(batch_sizes, checkpointing=True)

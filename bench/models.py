@@ -106,7 +106,7 @@ def make_run(model: str, reward: flow_grpo.Reward = FREE_REWARD, **changes) -> f
         shape = SMALL if model == "small" else MEDIUM
         vae_channels = (32, 32, 32, 32) if model == "small" else (128, 256, 512, 512)
         torch.manual_seed(0)
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        with torch.device(flow_grpo.DEVICE):
             pipe = RandomPipeline(shape, vae_channels, config.max_sequence_length)
     return flow_grpo.prepare(config, pipe, reward, records, records[:1])
 

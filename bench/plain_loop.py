@@ -15,7 +15,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from flow_grpo import TRAIN_STEPS, gaussian_kl, group_advantages, grpo_loss, sde_step
+from flow_grpo import DEVICE, TRAIN_STEPS, gaussian_kl, group_advantages, grpo_loss, sde_step
 
 
 @dataclass
@@ -54,7 +54,7 @@ def encode(run, prompts: list[str]) -> list[Tensor]:
         prompts,
         None,
         None,
-        device=run.device,
+        device=DEVICE,
         do_classifier_free_guidance=guided,
         max_sequence_length=run.config.max_sequence_length,
     )
@@ -62,7 +62,7 @@ def encode(run, prompts: list[str]) -> list[Tensor]:
         embeds = torch.cat([embeds, null_embeds])
         pooled = torch.cat([pooled, null_pooled])
     dtype = run.pipe.transformer.dtype
-    return [embeds.to(run.device, dtype), pooled.to(run.device, dtype)]
+    return [embeds.to(DEVICE, dtype), pooled.to(run.device, dtype)]
 
 
 def predict_velocity(run, x: Tensor, t: float, text: list[Tensor]) -> Tensor:
@@ -92,7 +92,7 @@ def collect(run) -> list[Batch]:
     config = run.config
     run.pipe.scheduler.set_timesteps(TRAIN_STEPS)
     times = run.pipe.scheduler.sigmas.tolist()
-    generator = torch.Generator(run.device).manual_seed(run.epoch)
+    generator = torch.Generator(DEVICE).manual_seed(run.epoch)
     prompts = []
     for record in run.train_records[: config.prompts_per_epoch]:
         prompts += [record["prompt"]] * config.group_size
@@ -101,7 +101,7 @@ def collect(run) -> list[Batch]:
         batch = prompts[first : first + config.batch_size]
         text = encode(run, batch)
         shape = [len(batch), *run.latent_shape]
-        latents = [torch.randn(shape, generator=generator, device=run.device)]
+        latents = [torch.randn(shape, generator=generator, device=DEVICE)]
         log_probs = []
         for k in range(TRAIN_STEPS):
             x = latents[k]
@@ -123,7 +123,7 @@ def update(run, batches: list[Batch]) -> dict[str, float]:
     transformer = run.pipe.transformer
     rewards = torch.cat([batch.rewards for batch in batches])
     advantages = group_advantages(rewards.view(-1, config.group_size)).flatten()
-    parts = advantages.to(run.device).split(config.batch_size)
+    parts = advantages.to(DEVICE).split(config.batch_size)
     deviation = 0.0
     for batch, advantage in zip(batches, parts):
         text = encode(run, batch.prompts)

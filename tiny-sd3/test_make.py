@@ -128,7 +128,7 @@ def test_it_often_draws_a_wrong_digit(texts):
 def test_a_short_run_learns(tmp_path, monkeypatch):
     """By the command line, with the real reward, on a number that is often drawn wrong."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(flow_grpo, "DEVICE", "cpu")
     monkeypatch.setattr(flow_grpo, "EVAL_STEPS", 4)
     Path("train.txt").write_text(PROMPTS[12])
     flags = """
