@@ -519,7 +519,6 @@ def evaluate(run: Run):
     prompts (for GenEval, over the means of its tags), and the first 16 images.
     """
     times = schedule(run.pipe.scheduler, EVAL_STEPS)
-    dtype = run.pipe.transformer.dtype
     texts = encode(run, run.eval_records)
     by_batch = {}
     run.ema.store(run.parameters)
@@ -528,7 +527,7 @@ def evaluate(run: Run):
         records = [run.eval_records[i] for i in indices]
         velocity = velocity_along(run, times, texts, [record["prompt"] for record in records])
         generators = [torch.Generator().manual_seed(i) for i in indices]
-        noise = [torch.randn(run.latent_shape, generator=g, dtype=dtype) for g in generators]
+        noise = [torch.randn(run.latent_shape, generator=g) for g in generators]
         path, _ = rollout(velocity, torch.stack(noise).to(DEVICE), times, noise_level=0.0)
         images = decode(run.pipe.vae, path[:, -1])
         scores = score_images(run.reward, images, records)

@@ -738,16 +738,26 @@ def test_evaluation_leaves_the_adapter_as_it_was(model, work):
 
 
 def test_evaluation_scores_its_images(model, work):
-    means, images = flow_grpo.evaluate(small_run(model))
+    run = small_run(model)
+    function = run.reward.function
+    seen = []
+
+    def reward(images, prompts, records):
+        seen.extend(records)
+        return function(images, prompts, records)
+
+    run.reward.function = reward
+    means, images = flow_grpo.evaluate(run)
     red = redness(images).mean().item()
     assert means == pytest.approx({"eval_reward": red, "eval_rewards": red})
+    assert seen == run.eval_records
 
 
 def test_evaluation_returns_the_first_16_images_whatever_the_batch_size(model, work):
-    run = small_run(model, batch_size=6)
-    run.eval_records = run.eval_records * 5
+    run = small_run(model, batch_size=12)
+    run.eval_records = run.eval_records * 9
     means, images = flow_grpo.evaluate(run)
-    run.config.batch_size = 20
+    run.config.batch_size = 36
     means_at_once, images_at_once = flow_grpo.evaluate(run)
     assert images.shape == (16, 3, 16, 16)
     close(images, images_at_once, rtol=0, atol=1e-4)
@@ -1289,6 +1299,12 @@ def test_optimiser_steps_and_the_adapters_average(model, work):
                 average = [decay * a + (1 - decay) * p for a, p in zip(average, clones)]
         close(joined(run.parameters), joined(clones), atol=1e-5)
         close(joined(run.ema.shadow_params), joined(average), atol=1e-5)
+
+
+def test_the_optimisers_settings_are_the_authors(model, work):
+    options = small_run(model).optimizer.defaults
+    expected = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-4}
+    assert {name: options[name] for name in expected} == expected
 
 
 def test_an_optimiser_step_leaves_no_gradient(model, work):
