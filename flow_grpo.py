@@ -47,7 +47,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from diffusers import StableDiffusion3Pipeline
-from diffusers.training_utils import EMAModel, cast_training_params
+from diffusers.training_utils import EMAModel
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
@@ -538,8 +538,8 @@ def evaluate(run: Run):
     return averages(columns, run.eval_records, "eval_"), images
 
 
-def train(run: Run):
-    """Epochs of rollout, scoring and update, with evaluations before, on the way and at the end."""
+def train(run: Run, update: Callable = update):
+    """Epochs of rollout and update, and evaluations. bench/ gives the updates of other methods."""
     config = run.config
     evaluated = [line["epoch"] for line in run.metrics if "eval_reward" in line]
     for epoch in bar(range(run.epoch, config.epochs + 1), "epochs"):
@@ -632,7 +632,6 @@ def prepare(config: Config, pipe, reward: Reward, train_records, eval_records) -
     for size in (config.height, config.width):
         if size % unit or size > most:
             raise UserError(f"--height and --width need to be multiples of {unit}, at most {most}")
-    transformer.requires_grad_(False)
     torch.manual_seed(config.seed)
     lora = LoraConfig(
         r=config.lora_rank,
@@ -641,8 +640,8 @@ def prepare(config: Config, pipe, reward: Reward, train_records, eval_records) -
         # As in [C], the second attention of some of SD3.5's blocks, `attn2`, has no adapter.
         target_modules=r".*\.attn\.(to_(q|k|v|out\.0|add_out)|add_(q|k|v)_proj)",
     )
+    # peft freezes all else, and makes the adapter in float32 even where the network is in float16.
     transformer.add_adapter(lora)
-    cast_training_params(transformer, torch.float32)
     parameters = torch.nn.ParameterList(p for p in transformer.parameters() if p.requires_grad)
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()

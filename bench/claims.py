@@ -23,7 +23,6 @@ import platform
 import re
 import subprocess
 import sys
-import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from datetime import date
 from functools import partial
@@ -169,30 +168,12 @@ def start(settings: dict, folder: Path) -> flow_grpo.Run:
     return run
 
 
-def train(run: flow_grpo.Run, update) -> None:
-    """As flow_grpo.train, with this update in place of flow_grpo.update."""
-    config = run.config
-    evaluated = [line["epoch"] for line in run.metrics if "eval_reward" in line]
-    for epoch in range(run.epoch, config.epochs + 1):
-        due = epoch % config.eval_every == 0 or epoch == config.epochs
-        if due and epoch not in evaluated:
-            flow_grpo.log(run, *flow_grpo.evaluate(run))
-        if epoch < config.epochs:
-            start = time.perf_counter()
-            samples = flow_grpo.collect(run)
-            metrics = flow_grpo.averages(samples.columns, samples.records)
-            metrics |= update(run, samples)
-            metrics["seconds"] = time.perf_counter() - start
-            run.epoch += 1
-            flow_grpo.log(run, metrics)
-
-
 def evaluations(metrics: list[dict]) -> list[dict]:
     """The evaluations among a run's metrics, with the minutes of rollout and update until then."""
     seconds = 0.0
     found = []
     for line in metrics:
-        seconds += line.get("seconds", 0)
+        seconds += line.get("seconds_rollout", 0) + line.get("seconds_update", 0)
         if "eval_reward" in line:
             found.append(
                 {
@@ -229,7 +210,7 @@ def measure(settings: dict, path: Path) -> None:
     run = start(settings, folder)
     diverged = False
     try:
-        train(run, UPDATES[settings["update"]])
+        flow_grpo.train(run, UPDATES[settings["update"]])
     except flow_grpo.UserError as e:
         if flow_grpo.DIVERGED not in str(e):
             raise
