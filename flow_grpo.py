@@ -32,6 +32,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 import zipfile
@@ -823,12 +824,14 @@ def save(run: Run):
     names = [name for name, p in transformer.named_parameters() if p.requires_grad]
     layers = get_peft_model_state_dict(transformer, dict(zip(names, run.ema.shadow_params)))
     metadata = transformer.peft_config["default"].to_dict()
+    weights = out / "pytorch_lora_weights.safetensors"
     atomic(
-        out / "pytorch_lora_weights.safetensors",
+        weights,
         lambda path: run.pipe.save_lora_weights(
             out, layers, weight_name=path.name, transformer_lora_adapter_metadata=metadata
         ),
     )
+    shutil.copymode(out / "checkpoint.pt", weights)  # Else only the owner might read it.
 
 
 def restore(run: Run, state: dict):

@@ -753,6 +753,11 @@ def test_evaluation_scores_its_images(model, work):
     assert seen == run.eval_records
 
 
+def test_images_have_the_height_and_width_that_were_asked_for(model, work):
+    _, images = flow_grpo.evaluate(small_run(model, height=12, width=20))
+    assert images.shape == (4, 3, 12, 20)
+
+
 def test_evaluation_returns_the_first_16_images_whatever_the_batch_size(model, work):
     run = small_run(model, batch_size=12)
     run.eval_records = run.eval_records * 9
@@ -1547,6 +1552,12 @@ def test_a_run_leaves_these_files(finished):
     assert names == set(FILES)
 
 
+def test_all_files_may_be_read_by_whom_new_files_may(finished, tmp_path):
+    tmp_path.joinpath("new").touch()
+    modes = {Path(finished, name).stat().st_mode for name in FILES}
+    assert modes == {tmp_path.joinpath("new").stat().st_mode}
+
+
 def test_a_run_leaves_tensorboards_events(finished):
     events = EventAccumulator(str(finished / "tensorboard")).Reload()
     rewards = [(event.step, event.value) for event in events.Scalars("reward")]
@@ -1707,7 +1718,7 @@ def whole(model, work):
 INSTANTS = [
     ("collect", 1),
     ("score_images", 6),
-    ("update", 2),
+    ("add_gradient", 5),
     ("optimizer_step", 4),
     ("evaluate", 2),
     ("log", 3),
