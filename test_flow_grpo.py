@@ -993,9 +993,15 @@ def objective(run, samples, images, old_log_probs, advantages):
     return loss, {name: value.item() for name, value in stats.items()}
 
 
-# Of the second prompt's images, none has an advantage; of the third's, two have none.
+# Of the second and fifth prompt's images, none has an advantage; of the third's, two have none.
 UPDATE_REWARDS = torch.tensor(
-    [[0.2, 0.9, 0.7, 0.1], [0.1, 0.1, 0.1, 0.1], [1.0, 0.5, 0.5, 0.0], [0.3, 0.0, 0.6, 0.8]]
+    [
+        [0.2, 0.9, 0.7, 0.1],
+        [0.1, 0.1, 0.1, 0.1],
+        [1.0, 0.5, 0.5, 0.0],
+        [0.3, 0.0, 0.6, 0.8],
+        [0.4, 0.4, 0.4, 0.4],
+    ]
 )
 UPDATE_KEPT = [0, 1, 2, 3, 8, 11, 12, 13, 14, 15]
 UPDATES = {
@@ -1023,14 +1029,14 @@ class Updated:
 
     def __init__(self, model, patch, given, scale):
         run = small_run(
-            model, prompts_per_epoch=4, learning_rate=0.03, clip_range=2e-4, beta=0.3, **given
+            model, prompts_per_epoch=5, learning_rate=0.03, clip_range=2e-4, beta=0.3, **given
         )
         run.scaler = torch.amp.GradScaler("cpu", scale, enabled=scale > 1)
         samples = flow_grpo.collect(run)
         samples.columns = {"reward": UPDATE_REWARDS.flatten()}
         self.run = run
         self.samples = samples
-        self.log_probs = scored(run, samples, list(range(16)))[0].detach()
+        self.log_probs = scored(run, samples, list(range(20)))[0].detach()
         self.scale = scale
         self.steps = []
         self.images = []
@@ -1111,7 +1117,7 @@ def test_an_update_trains_once_on_each_image_that_has_an_advantage(updated):
     first, second = (step.images for step in updated.steps)
     assert len(first) == len(second) == 5
     assert sorted(first + second) == UPDATE_KEPT
-    assert updated.stats["trained"] == 10 / 16
+    assert updated.stats["trained"] == 10 / 20
 
 
 def test_an_update_is_of_two_optimiser_steps(updated):
