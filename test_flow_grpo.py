@@ -872,8 +872,38 @@ def test_a_reward_sees_each_image_with_its_prompt(model, work):
 
 def test_a_reward_has_no_graph(model, work):
     run = small_run(model)
-    run.reward.function = lambda images, *_: [torch.is_grad_enabled()] * len(images)
-    assert not flow_grpo.collect(run).columns["reward"].any()
+    seen = []
+
+    def reward(images, prompts, records):
+        seen.append(torch.is_grad_enabled() or images.requires_grad)
+        return [1, 0, 0][: len(images)]
+
+    run.reward.function = reward
+    flow_grpo.collect(run)
+    assert seen == [False] * 3
+
+
+def test_rewards_may_be_whole_numbers(model, work):
+    run = small_run(model)
+    run.reward.function = lambda images, *_: [1, 0, 0][: len(images)]
+    rewards = flow_grpo.collect(run).columns["reward"]
+    assert rewards.tolist() == [1, 0, 0, 1, 0, 0, 1, 0]
+    assert rewards.dtype == torch.float32
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_rollout_has_autograd_on_if_it_is_compiled(model, work, compiled):
+    run = small_run(model)
+    run.config.compile = compiled
+    modes = set()
+
+    def add_mode(*_):
+        modes.add(torch.is_grad_enabled())
+
+    run.pipe.transformer.norm_out.register_forward_pre_hook(add_mode)
+    samples = flow_grpo.collect(run)
+    assert modes == {compiled, False}  # With guidance, the empty prompt never has a graph.
+    assert not samples.latents.requires_grad
 
 
 @pytest.mark.parametrize("reward, names", [("red", ["rewards"]), ("two", ["first", "second"])])
@@ -927,6 +957,7 @@ def orders(model, work, quick):
     prompts = []
     for run.config.seed, run.epoch in ORDERS:
         prompts.append(prompts_of(flow_grpo.collect(run)))
+    assert [record["prompt"] for record in run.train_records] == PROMPTS[:4]
     return prompts
 
 
@@ -1264,9 +1295,9 @@ def test_ratio_deviation_is_the_mean_of_the_largest_of_a_batch_at_a_step(fresh):
 
 def test_ratio_deviation_is_of_the_first_optimiser_step_alone(fresh):
     samples = flow_grpo.collect(fresh)
-    samples.log_probs -= 2.0
+    samples.log_probs += 2.0
     stats = flow_grpo.update(fresh, samples)
-    assert stats["ratio_deviation"] == pytest.approx(math.expm1(2), rel=1e-4)
+    assert stats["ratio_deviation"] == pytest.approx(-math.expm1(-2), rel=1e-4)
 
 
 def test_equal_rewards_teach_nothing(fresh):
@@ -1999,6 +2030,7 @@ BAD_FILES = {
     "picky.py": b"def reward(images, *_): return [0.5] * len(images)\ndef check(_): exit('no')",
     "few.py": b"def reward(images, *_): return [0.5] * (len(images) + 1)",
     "nan.py": b"def reward(images, *_): return [float('nan')] * len(images)",
+    "high.py": b"def reward(images, *_): return [float('inf')] * len(images)",
 }
 BAD = [
     ("prompt-file", "none.txt", "none.txt: .*No such file"),
@@ -2026,6 +2058,7 @@ BAD = [
     ("reward", "rewards.py:wide", "rewards failed .*each image needs one finite number"),
     ("reward", "few.py:reward", "few failed .*each image needs one finite number"),
     ("reward", "nan.py:reward", r"nan failed at 'a \"\d\"'.*nan is nan for 'a \"\d\"'"),
+    ("reward", "high.py:reward", "high failed .*high is inf for "),
     ("reward", "rewards.py:nothing", "rewards failed .*each image needs one finite number"),
     ("reward", "rewards.py:leaves", "rewards failed .*SystemExit"),
     ("model", "/no/such", "/no/such can't be loaded: .*--model"),
