@@ -293,6 +293,11 @@ def small_run(model, active=True, half=False, **given):
     return run
 
 
+def cut(path):
+    path.write_bytes(b"half a file")
+    raise KeyboardInterrupt
+
+
 def metrics(out="out"):
     lines = Path(out, "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
@@ -723,7 +728,8 @@ def test_the_stock_pipeline_draws_an_evaluations_images_with_the_saved_weights(e
     run = evaluated.run
     _, images = flow_grpo.evaluate(run)
     flow_grpo.save(run)
-    Path("out/.pytorch_lora_weights.safetensors.new").write_bytes(b"cut short by a kill")
+    with pytest.raises(KeyboardInterrupt):
+        flow_grpo.atomic(Path("out/pytorch_lora_weights.safetensors"), cut)
     close(images, stock_images(evaluated.folder, run, lora="out"), rtol=0, atol=1e-4)
     assert not torch.allclose(images, evaluated.base, atol=1e-2)
 
@@ -1636,6 +1642,33 @@ def test_a_run_ends_by_saying_what_it_has_reached_and_where_it_is(finished):
     assert str(finished) in where
 
 
+def test_an_epochs_times_are_those_of_its_parts(model, work, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+
+    def collect(run):
+        clock.now += 3
+        return original(run)
+
+    def update(run, samples):
+        clock.now += 5
+        return {}
+
+    original = flow_grpo.collect
+    monkeypatch.setattr(flow_grpo.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(flow_grpo, "collect", collect)
+    flow_grpo.train(small_run(model, epochs=1), update)
+    _, epoch, _ = metrics("out")
+    assert (epoch["seconds_rollout"], epoch["seconds_update"]) == (3, 5)
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done = []
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, lambda *_, name=name: done.append(name))
+    flow_grpo.atomic(tmp_path / "file", Path.touch)
+    assert done == ["fsync", "replace"]
+
+
 def test_the_config_file_has_all_settings(finished):
     saved = json.loads((finished / "config.json").read_text())
     model = str(finished.with_name("without-T5"))
@@ -1770,10 +1803,6 @@ INSTANTS = [
 def test_interrupted_equals_uninterrupted(whole, model, monkeypatch, capsys, name, call):
     """The call of a function, or the writing of a file, is the one that Ctrl-C interrupts."""
     calls = Counter()
-
-    def cut(path):
-        path.write_bytes(b"half a file")
-        raise KeyboardInterrupt
 
     def atomic(path, write):
         calls[path.name] += 1
@@ -2119,6 +2148,17 @@ def test_a_run_that_diverged_is_not_to_go_on(model, work, capsys):
 def test_an_image_that_is_not_finite_is_a_sign_of_divergence():
     with pytest.raises(UserError, match="an image is not finite: training diverged"):
         score_images(None, torch.full((1, 3, 16, 16), math.nan), [{"prompt": "a"}])
+
+
+@pytest.mark.parametrize("error", [OSError("No space left"), RuntimeError("write failed")])
+def test_a_full_disk_is_said_and_loses_nothing(resumable, capsys, monkeypatch, error):
+    before = snapshot("out")
+    monkeypatch.setattr(torch, "save", Mock(side_effect=error))
+    sentence = error_of(["--resume=out"], capsys)
+    assert re.search(
+        f"can't write out/checkpoint.pt, perhaps as the disk is full: .*{error}", sentence
+    )
+    assert snapshot("out") == before
 
 
 OUT_OF_MEMORY = [
