@@ -48,7 +48,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from diffusers import StableDiffusion3Pipeline
-from diffusers.training_utils import EMAModel
+from diffusers.training_utils import EMAModel, cast_training_params
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
@@ -80,14 +80,14 @@ class Config:
     prompts_per_epoch: int = 48  # Prompts in an epoch.
     group_size: int = 24  # Images for each prompt, which are compared with each other.
     updates_per_epoch: int = 2  # Optimiser steps in an epoch. All but the first are off-policy.
-    batch_size: int = 4  # Images in one pass. Fewer need less memory, and other noise is drawn.
+    batch_size: int = 4  # Images in one pass. Fewer need less memory. The noise depends on it.
     learning_rate: float = 3e-4  # Of AdamW.
     beta: float = 0.04  # Weight of the KL penalty, which holds the model near the base model.
     clip_range: float = 1e-4  # Of the ratio. It is tiny because log-probs are means over elements.
     guidance_scale: float = 4.5  # Classifier-free guidance in training and evaluation; 1 for none.
     noise_level: float = 0.7  # Of the SDE.
     sde_steps: int = 9  # A window of so many steps in a row has noise and is trained.
-    sde_range: int = 9  # The window lies in the first so many steps. Each epoch draws its place.
+    sde_range: int = 9  # The window lies in the first so many steps, at a place drawn each epoch.
     lora_rank: int = 32  # Of the adapter. Its alpha is twice that.
     ema_interval: int = 8  # Optimiser steps from one move of the adapter's average to the next.
     height: int = 512  # Of the images, in pixels.
@@ -96,7 +96,7 @@ class Config:
     eval_every: int = 20  # Epochs between two evaluations.
     gradient_checkpointing: bool = False  # Compute activations twice to save memory.
     compile: bool = False  # Compile the network's blocks.
-    seed: int = 0  # Of all that is random in training. An evaluation's noise is always the same.
+    seed: int = 0  # Of the adapter, the prompts' order, the window's place, noise and shuffling.
 
 
 TINY = Config(  # For tiny-sd3, which learns within minutes on two cores of a CPU.
@@ -230,7 +230,7 @@ def grpo_loss(
             "ratio_mean": ratio.mean(),
             "clipfrac": ((ratio - 1).abs() > clip_range).float().mean(),
             # The usual estimate, (ratio - 1) - log_ratio, would cancel to 0 at ratios so near to 1.
-            # This one is 1 / E^2 of the policies' KL. `kl` is 1 / E of one, times |dt|.
+            # It is 1 / E^2 of the exact KL. `kl`, to the base model, is |dt| / E of the exact one.
             "approx_kl": 0.5 * (log_ratio**2).mean(),
             "policy_loss": policy_loss.detach(),
             "kl": kl.detach().mean(),
@@ -283,7 +283,7 @@ class Reward:
 
     It is called as function(images, prompts, records). The images are float32 [B, 3, H, W] in 0..1,
     on the run's device; the prompts are B strings; the records are the B dicts of the prompt file.
-    It returns B numbers, or a dict of named columns of B numbers, the first of which is the reward.
+    It returns B numbers, or a dict of named columns of B numbers. The first becomes `reward`.
     """
 
     name: str
@@ -298,7 +298,7 @@ class Run:
     config: Config
     pipe: StableDiffusion3Pipeline  # with the LoRA adapter in its frozen transformer
     reward: Reward
-    train_records: list  # dicts of the prompt file; each has a `prompt`, GenEval's also a `tag`
+    train_records: list  # dicts of the prompt file; each has a `prompt`, GenEval's a `tag` (task)
     eval_records: list
     latent_shape: tuple  # C, H, W
     parameters: torch.nn.ParameterList  # the adapter, in float32, which draws the rollouts
@@ -314,7 +314,7 @@ class Run:
 class Samples:
     """An epoch's N images, prompt by prompt. All tensors are on the CPU.
 
-    Of latents and log_probs, a process fills in the rows that it drew. The others are never read.
+    Of latents and log_probs, a process sets the rows that it drew. The others are never read.
     """
 
     records: list  # [N], G equal ones in a row
@@ -327,9 +327,9 @@ class Samples:
 
 
 def batches(run: Run, indices, description):
-    """Yields, in batches, those indices whose images this process draws and trains on.
+    """Yields this process's part of the indices, in batches.
 
-    Image i was drawn in batch i // batch_size, and batch n belongs to process n % PROCESSES.
+    Image i is drawn in batch i // batch_size, and all of batch n is for process n % PROCESSES.
     """
     size = run.config.batch_size
     own = [i for i in indices if i // size % PROCESSES == RANK]
@@ -365,7 +365,7 @@ def collect(run: Run) -> Samples:
     epoch_seed = f"{config.seed} {run.epoch}"
     records = list(run.train_records)
     Random(epoch_seed).shuffle(records)
-    # Each prompt once, unless the file has too few.
+    # Each prompt once. If the file has too few, some come again, as groups of their own.
     chosen = (records * config.prompts_per_epoch)[: config.prompts_per_epoch]
     records = [record for record in chosen for _ in range(config.group_size)]
     times = schedule(run.pipe.scheduler, TRAIN_STEPS)
@@ -403,11 +403,11 @@ def update(run: Run, samples: Samples) -> dict:
     """The epoch's optimiser steps. Returns means of the loss's statistics, and signs of trouble."""
     config = run.config
     advantages = group_advantages(samples.columns["reward"].view(-1, config.group_size)).flatten()
-    # As in [C], images whose advantage is 0 are dropped, and means are over the others. So the
-    # policy's term is N / kept times as large as in [P], and the KL is that of the others alone.
+    # As in [C], images whose advantage is 0 are dropped, and means are over those that are kept. So
+    # the policy's term is N / kept times as large as in [P], and the KL is of the kept images.
     kept = advantages.nonzero().flatten().tolist()
-    # The images of each batch are shuffled, and dealt to the optimiser steps one by one. So each
-    # step has about as many images of each batch, hence for each process.
+    # Shuffled, then sorted by batch, they are dealt to the optimiser steps one by one. So each step
+    # has a random part of each batch, all of about one size, and all processes have work.
     Random(f"{config.seed} {run.epoch}").shuffle(kept)
     kept.sort(key=lambda i: i // config.batch_size)
     totals = Counter()  # Counter.update adds.
@@ -425,11 +425,11 @@ def update(run: Run, samples: Samples) -> dict:
         norms.append(optimizer_step(run))
     means = Counter()
     for part in gather({name: float(total) / len(norms) for name, total in totals.items()}):
-        means.update(part)
+        means.update(part)  # Like gradients, means are sums of parts, one for each process.
     return {
         **means,
         "grad_norm": sum(norms) / max(1, len(norms)),
-        "ratio_deviation": sum(gather(ratio_deviation)),  # in place of the mean over all chunks
+        "ratio_deviation": sum(gather(ratio_deviation)),  # in place of that of all steps
         "trained": len(kept) / len(advantages),
     }
 
@@ -459,8 +459,8 @@ def add_gradient(run: Run, samples: Samples, indices: list, advantages: Tensor, 
 
     ref_means = {}
     if config.beta > 0:
-        # The reference, which is the base model, is the same network with its adapter off. It goes
-        # through all steps at once, because to switch a large adapter takes milliseconds.
+        # The reference, which is the base model, is the same network with its adapter off. All
+        # steps come before the policy's, because to switch a large adapter takes milliseconds.
         transformer.disable_adapters()
         with torch.no_grad():
             for k in samples.trained:
@@ -515,9 +515,9 @@ def evaluate(run: Run):
     """Draw as a user does, by 40 ODE steps with the averaged adapter.
 
     Prompt n, from 0, has the noise that a stock pipeline draws with a CPU generator of seed n. So
-    with the same steps, guidance and size, the images are that pipeline's up to rounding: latents
-    stay in float32 here, and batches differ. Returns the reward's columns, as means over the
-    prompts (for GenEval, over the means of its tags), and the first 16 images.
+    with the same steps, guidance, size and max_sequence_length, the images are that pipeline's up
+    to rounding: latents stay in float32 here, and batches differ. Returns the reward's columns, as
+    means over the prompts (GenEval's over the means of its tags), and the first 16 images.
     """
     times = schedule(run.pipe.scheduler, EVAL_STEPS)
     texts = encode(run, run.eval_records)
@@ -641,8 +641,8 @@ def prepare(config: Config, pipe, reward: Reward, train_records, eval_records) -
         # As in [C], the second attention of some of SD3.5's blocks, `attn2`, has no adapter.
         target_modules=r".*\.attn\.(to_(q|k|v|out\.0|add_out)|add_(q|k|v)_proj)",
     )
-    # peft freezes all else, and makes the adapter in float32 even where the network is in float16.
-    transformer.add_adapter(lora)
+    transformer.add_adapter(lora)  # It freezes all else.
+    cast_training_params(transformer, torch.float32)
     parameters = torch.nn.ParameterList(p for p in transformer.parameters() if p.requires_grad)
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()

@@ -1423,7 +1423,7 @@ def test_an_epoch_in_half_precision_has_batches_of_one_size_and_ratios_of_one(
 
 
 def test_in_half_precision_the_adapter_is_in_float32_and_there_is_a_loss_scale(model, work):
-    run = small_run(model, half=True)
+    run = small_run(model, half=True, active=False)
     named = run.pipe.transformer.named_parameters()
     dtypes = {("lora" in name, p.dtype) for name, p in named}
     assert dtypes == {(True, torch.float32), (False, torch.float16)}
@@ -1953,6 +1953,15 @@ def test_a_run_goes_on_with_a_model_that_was_moved(resumable, model, capsys):
     shutil.copytree(model, "moved")
     assert main(["--resume=out", "--epochs=4", "--model=moved"]) == 0
     assert capsys.readouterr().out.startswith("Training moved on the cpu, after 3 epochs.\n")
+
+
+def test_a_run_goes_on_in_half_precision(model, work):
+    run = small_run(model)
+    flow_grpo.save(run)
+    in_half = small_run(model, half=True, active=False)
+    flow_grpo.restore(in_half, torch.load("out/checkpoint.pt", weights_only=True))
+    assert all(map(torch.equal, in_half.parameters, run.parameters))
+    assert in_half.scaler.get_scale() == 2**20
 
 
 def test_a_run_goes_on_without_its_prompt_file(resumable):
