@@ -925,6 +925,11 @@ def test_scores_are_columns_of_which_the_first_is_the_reward(model, work, reward
         close(samples.columns["second"], torch.full((8,), 0.25))
 
 
+def test_decoding_has_no_graph(model, work):
+    run = small_run(model)
+    assert not flow_grpo.decode(run.pipe.vae, normal(1, *run.latent_shape)).requires_grad
+
+
 def test_images_are_in_0_to_1(model, work):
     vae = small_run(model).pipe.vae
     images = flow_grpo.decode(vae, 100 * normal(2, 4, 8, 8))
