@@ -2023,6 +2023,18 @@ def test_a_damaged_checkpoint_is_said_and_left_as_it_is(resumable, capsys, damag
     assert snapshot("out") == before
 
 
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+def test_no_code_in_a_checkpoint_is_run(work, capsys):
+    Path("out").mkdir()
+    torch.save(Harmful(), "out/checkpoint.pt")
+    assert "out/checkpoint.pt can't be resumed: " in error_of(["--resume=out"], capsys)
+    assert not Path("harm").exists()
+
+
 def test_a_folder_without_a_run_can_not_be_resumed(work, capsys):
     error = error_of(["--resume=nowhere"], capsys)
     assert re.search("nowhere/checkpoint.pt can't be resumed: .*No such file", error)
