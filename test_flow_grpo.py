@@ -1640,11 +1640,16 @@ def test_a_run_prints_each_line_of_its_metrics(finished):
         assert f"epoch {epoch}: {values}" in printed
 
 
-def test_a_run_ends_by_saying_what_it_has_reached_and_where_it_is(finished):
-    rewards = [m["eval_reward"] for m in metrics(finished) if "eval_reward" in m]
-    said, where = finished.with_name("printed").read_text().splitlines()[-2:]
-    assert f"was {rewards[0]:.3f}, and is {rewards[-1]:.3f}" in said
-    assert str(finished) in where
+def test_a_run_ends_by_saying_what_it_has_reached_and_where_it_is(monkeypatch, capsys):
+    rewards = [0.1, 0.4, 0.25]
+    lines = [{"epoch": epoch, "eval_reward": reward} for epoch, reward in enumerate(rewards)]
+    run = SimpleNamespace(config=Config(output_dir="out"), metrics=[*lines, {"reward": 0.5}])
+    monkeypatch.setattr(flow_grpo, "start", lambda _: run)
+    monkeypatch.setattr(flow_grpo, "train", lambda _: None)
+    assert main([]) == 0
+    said, where = capsys.readouterr().out.splitlines()
+    assert "was 0.100, and is 0.250" in said
+    assert where.endswith(" out")
 
 
 def test_an_epochs_times_are_those_of_its_parts(model, work, monkeypatch):
@@ -2192,6 +2197,7 @@ OUT_OF_MEMORY = [
     RuntimeError("GET was unable to find an engine to execute this computation"),  # cuDNN's
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2 bytes."),
+    RuntimeError("CUDA error: out of memory"),
     MemoryError(),
 ]
 
@@ -2221,6 +2227,15 @@ def test_a_defect_shows_its_traceback(model, work, monkeypatch):
 def test_without_a_network_a_model_is_out_of_reach(work, capsys, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert re.search("no/model can't be loaded: .*network", error_of(arguments("no/model"), capsys))
+
+
+@pytest.mark.parametrize(
+    "name", ["LocalEntryNotFoundError", "ConnectError", "OfflineModeIsEnabled", "ReadTimeout"]
+)
+def test_what_the_libraries_say_of_a_network_is_out_of_reach(name):
+    error = OSError("can't load")
+    error.__cause__ = type(name, (Exception,), {})()
+    assert "out of reach" in flow_grpo.why(error)
 
 
 def test_a_gated_model_needs_a_licence_and_a_login(work, capsys, monkeypatch):
