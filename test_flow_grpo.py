@@ -1686,13 +1686,30 @@ def test_the_config_file_has_all_settings(finished):
     assert saved == vars(Config(output_dir=str(finished), **SMALL | given))
 
 
-def test_the_grid_has_four_pictures_in_a_row(finished):
-    width, height = Image.open(finished / "samples/epoch_00000.png").size
-    assert (width, height) == (4 * (16 + 2) + 2, 16 + 2 + 2)
+def test_the_grid_has_four_pictures_in_a_row(model, work):
+    flow_grpo.log(small_run(model), {}, torch.rand(6, 3, 16, 16))
+    width, height = Image.open("out/samples/epoch_00000.png").size
+    assert (width, height) == (4 * (16 + 2) + 2, 2 * (16 + 2) + 2)
 
 
 def test_the_curve_is_a_picture(finished):
     assert Image.open(finished / "curve.png").size == (640, 480)
+
+
+def test_the_curve_has_the_rewards_of_epochs_and_of_evaluations(model, work, monkeypatch):
+    run = small_run(model)
+    run.metrics = [{"epoch": 0, "eval_reward": 0.1}, {"epoch": 1, "reward": 0.2}]
+    run.epoch = 1
+    lines = {}
+
+    def savefig(figure, path, format):
+        for line in figure.axes[0].lines:
+            lines[line.get_label()] = line.get_xydata().tolist()
+        Path(path).touch()
+
+    monkeypatch.setattr(flow_grpo.Figure, "savefig", savefig)
+    flow_grpo.log(run, {"eval_reward": 0.3}, torch.rand(1, 3, 16, 16))
+    assert lines == {"reward": [[1, 0.2]], "eval_reward": [[0, 0.1], [1, 0.3]]}
 
 
 def test_the_prompts_of_evaluations_are_saved(finished):
@@ -2278,6 +2295,13 @@ def test_a_prompt_that_is_held_out_is_nowhere_in_training(work):
     assert not set(prompts) & set(eval_prompts)
     assert len(set(eval_prompts)) == len(eval_prompts)
     assert len(prompts) == 2 * (600 - 256)
+
+
+def test_a_record_with_a_prompt_that_is_held_out_is_not_in_training_either(work):
+    one = [json.dumps({"prompt": prompt, "tag": "one"}) for prompt in PROMPTS]
+    other = [json.dumps({"prompt": prompt, "tag": "other"}) for prompt in PROMPTS]
+    prompts, eval_prompts = split(*one, *other, name="some.jsonl")
+    assert not set(prompts) & set(eval_prompts)
 
 
 def test_the_prompts_that_are_held_out_are_the_same_for_all_seeds(work):
