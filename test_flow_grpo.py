@@ -1367,6 +1367,12 @@ def test_an_optimiser_step_leaves_no_gradient(model, work):
     assert not any(p.grad is not None and p.grad.any() for p in run.parameters)
 
 
+def test_a_process_without_images_takes_the_optimiser_step_too(model, work):
+    run = small_run(model, half=True)
+    assert flow_grpo.optimizer_step(run) == 0
+    assert run.updates == 1
+
+
 def test_an_update_without_finite_gradients_lowers_the_loss_scale_and_ends_at_1(model, work):
     run = small_run(model)
     run.scaler = torch.amp.GradScaler("cpu", 4.0)
