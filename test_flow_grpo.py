@@ -1311,6 +1311,14 @@ def test_ratio_deviation_is_of_the_first_optimiser_step_alone(fresh):
     assert stats["ratio_deviation"] == pytest.approx(-math.expm1(-2), rel=1e-4)
 
 
+def test_ratio_deviation_is_the_sum_of_the_processes_parts(fresh, monkeypatch):
+    monkeypatch.setattr(flow_grpo, "gather", lambda part: [part, part])
+    samples = flow_grpo.collect(fresh)
+    samples.log_probs += 2.0
+    stats = flow_grpo.update(fresh, samples)
+    assert stats["ratio_deviation"] == pytest.approx(-2 * math.expm1(-2), rel=1e-4)
+
+
 def test_equal_rewards_teach_nothing(fresh):
     samples = flow_grpo.collect(fresh)
     samples.columns["reward"] = torch.full((8,), 0.1)
