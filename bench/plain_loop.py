@@ -62,7 +62,7 @@ def encode(run, prompts: list[str]) -> list[Tensor]:
         embeds = torch.cat([embeds, null_embeds])
         pooled = torch.cat([pooled, null_pooled])
     dtype = run.pipe.transformer.dtype
-    return [embeds.to(DEVICE, dtype), pooled.to(run.device, dtype)]
+    return [embeds.to(DEVICE, dtype), pooled.to(DEVICE, dtype)]
 
 
 def predict_velocity(run, x: Tensor, t: float, text: list[Tensor]) -> Tensor:
