@@ -102,7 +102,7 @@ class Config:
 TINY = Config(  # For tiny-sd3, which learns within minutes on two cores of a CPU.
     model=str(HERE / "tiny-sd3"), epochs=60, prompts_per_epoch=12, group_size=16, batch_size=48,
     learning_rate=3e-3, beta=0.4, guidance_scale=1.0, noise_level=1.0, sde_steps=7, sde_range=7,
-    lora_rank=16, ema_interval=4, height=32, width=64, max_sequence_length=1, eval_every=30,
+    lora_rank=16, ema_interval=4, height=32, width=64, max_sequence_length=1, eval_every=60,
 )  # fmt: skip
 
 

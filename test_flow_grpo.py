@@ -2621,6 +2621,12 @@ def test_a_run_of_two_processes_goes_on_with_one(teams, tmp_path):
     assert distance(parameters(tmp_path / "two"), parameters(tmp_path / "one")) < 1e-4
 
 
+def test_all_processes_have_the_folder_of_process_0(model, work, monkeypatch):
+    monkeypatch.setattr(flow_grpo, "gather", lambda folder: ["runs/0", folder])
+    run = flow_grpo.start(arguments(model, "runs/1"))
+    assert run.config.output_dir == "runs/0"
+
+
 def test_process_0_alone_writes(teams):
     for run in ("two", "idle"):
         assert "checkpoint.pt" in seen(run, 0)["files"]
