@@ -38,6 +38,7 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -230,7 +231,7 @@ def grpo_loss(
             "ratio_mean": ratio.mean(),
             "clipfrac": ((ratio - 1).abs() > clip_range).float().mean(),
             # The usual estimate, (ratio - 1) - log_ratio, would cancel to 0 at ratios so near to 1.
-            # It is 1 / E^2 of the exact KL. `kl`, to the base model, is |dt| / E of the exact one.
+            # It is 1 / E^2 of the exact KL, so it can't be compared with `kl`.
             "approx_kl": 0.5 * (log_ratio**2).mean(),
             "policy_loss": policy_loss.detach(),
             "kl": kl.detach().mean(),
@@ -370,8 +371,7 @@ def collect(run: Run) -> Samples:
     records = [record for record in chosen for _ in range(config.group_size)]
     times = schedule(run.pipe.scheduler, TRAIN_STEPS)
     # A window of steps has noise and is trained; the others are the ODE's. By default, it is the
-    # first 9. The 10th, from t = 0.009, is left out as in [C], because its std is so small that
-    # rounding would dominate the ratio.
+    # first 9. As in [C], the 10th, from t = 0.009, is left out: rounding would dominate its ratio.
     first = Random(epoch_seed).randint(0, config.sde_range - config.sde_steps)
     trained = range(first, first + config.sde_steps)
     levels = [config.noise_level if k in trained else 0.0 for k in range(TRAIN_STEPS)]
@@ -406,8 +406,8 @@ def update(run: Run, samples: Samples) -> dict:
     # As in [C], images whose advantage is 0 are dropped, and means are over those that are kept. So
     # the policy's term is N / kept times as large as in [P], and the KL is of the kept images.
     kept = advantages.nonzero().flatten().tolist()
-    # Shuffled, then sorted by batch, they are dealt to the optimiser steps one by one. So each step
-    # has a random part of each batch, all of about one size, and all processes have work.
+    # Shuffled, then sorted by batch, they are dealt to the optimiser steps in turn. So each has an
+    # equal, random part of each batch, and the processes have about equal work.
     Random(f"{config.seed} {run.epoch}").shuffle(kept)
     kept.sort(key=lambda i: i // config.batch_size)
     totals = Counter()  # Counter.update adds.
@@ -429,7 +429,7 @@ def update(run: Run, samples: Samples) -> dict:
     return {
         **means,
         "grad_norm": sum(norms) / max(1, len(norms)),
-        "ratio_deviation": sum(gather(ratio_deviation)),  # in place of that of all steps
+        "ratio_deviation": sum(gather(ratio_deviation)),  # in place of the mean over all
         "trained": len(kept) / len(advantages),
     }
 
@@ -437,7 +437,7 @@ def update(run: Run, samples: Samples) -> dict:
 def add_gradient(run: Run, samples: Samples, indices: list, advantages: Tensor, chunk_size: int):
     """Add the gradient of a batch's part of the loss, a mean over a chunk's images and S steps.
 
-    Returns the same part of the means of `grpo_loss`'s statistics and of the largest |ratio - 1|.
+    Returns its part of the means of `grpo_loss`'s statistics, and of the largest |ratio - 1|.
     """
     config = run.config
     transformer = run.pipe.transformer
@@ -460,7 +460,7 @@ def add_gradient(run: Run, samples: Samples, indices: list, advantages: Tensor, 
     ref_means = {}
     if config.beta > 0:
         # The reference, which is the base model, is the same network with its adapter off. All
-        # steps come before the policy's, because to switch a large adapter takes milliseconds.
+        # steps come before the policy's, because switching a large adapter takes milliseconds.
         transformer.disable_adapters()
         with torch.no_grad():
             for k in samples.trained:
@@ -487,11 +487,11 @@ def add_gradient(run: Run, samples: Samples, indices: list, advantages: Tensor, 
 def optimizer_step(run: Run):
     """Clip the gradient's norm to 1, step, and update the average when due.
 
-    Returns the norm before. If it is not finite in float16, the loss scale was too large: the
-    scaler lowers it, and skips the step, which does not count. Raises UserError if the scale is 1
-    already, as it always is where the scaler is off.
+    Returns the norm before clipping. If it is not finite in float16, the loss scale was too large:
+    the scaler lowers it, and skips the step, which doesn't count. Raises UserError if the scale is
+    1 already, as it always is where the scaler is off.
     """
-    run.scaler.scale(run.parameters[0])  # This makes the scale, if the process had no images.
+    run.scaler.scale(run.parameters[0])  # Makes the scale in a process without images.
     sum_gradients(run.parameters)
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, 1.0).item()
@@ -831,7 +831,8 @@ def save(run: Run):
             out, layers, weight_name=path.name, transformer_lora_adapter_metadata=metadata
         ),
     )
-    shutil.copymode(out / "checkpoint.pt", weights)  # Else only the owner might read it.
+    with suppress(OSError):  # Else only the owner might read it. Some file systems refuse.
+        shutil.copymode(out / "checkpoint.pt", weights)
 
 
 def restore(run: Run, state: dict):
