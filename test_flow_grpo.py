@@ -1779,6 +1779,13 @@ def test_a_run_has_a_folder_of_its_own_by_its_time(work):
     assert re.fullmatch(r"runs/\d{8}-\d{6}", settings()["output_dir"])
 
 
+def test_process_0_alone_prints_help(capsys, monkeypatch):
+    monkeypatch.setattr(flow_grpo, "RANK", 1)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert capsys.readouterr().out == ""
+
+
 def test_each_setting_has_a_line_of_help(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
@@ -1945,10 +1952,11 @@ def test_killed_equals_uninterrupted(whole, model):
     assert same_run("cut", whole)
 
 
-def test_sigterm_ends_a_run_with_one_sentence(model, work):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_with_one_sentence(model, work, number):
     process = start(HERE / "flow_grpo.py", *arguments(model, "cut", epochs=1000))
     wait_for(process, '"kl"', Path("cut/metrics.jsonl"))
-    process.terminate()
+    process.send_signal(number)
     _, stderr = process.communicate()
     assert process.returncode == 130
     assert stderr.endswith(f"\nerror: interrupted{to_go_on('cut')}\n")
