@@ -32,7 +32,7 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from models import PROMPTS, RECIPES, SETTINGS, flow_grpo, make_run, needed_flops
 
-CUDA = torch.cuda.is_available()
+CUDA = flow_grpo.DEVICE == "cuda"
 BATCH_SIZES = {"sd3.5-medium": [1, 2, 4, 8], "small": [2], "tiny-sd3": [flow_grpo.TINY.batch_size]}
 LOOPS = {
     "plain": {},
