@@ -19,7 +19,7 @@ scores them, and trains on the first 9 of the steps in 2 optimiser steps of up t
 guidance, each velocity takes two passes of the network, one with the prompt and one without. So to
 draw an image takes 20 passes, and 80 in an evaluation, which has 40 steps. To train on an image
 takes 36 passes forward (9 steps x 2 passes, for the policy and for its reference), and 9 backward,
-because only the policy's pass with the prompt has a gradient.
+because only the policy's pass with the prompt has a gradient. Without a KL penalty, 18 and 9.
 """
 
 import signal
@@ -128,7 +128,7 @@ def sde_step(
         x: [B, ...], the latents at t.
         t, t_next: floats, or [B] on x's device, with 0 <= t_next < t <= 1.
         noise_level: `a` in the paper; 0 gives the Euler step of the ODE, which draws no noise.
-        x_next: [B, ...], a sample to score. Without it one is drawn, on the generator's device.
+        x_next: [B, ...], a sample to score. Without it one is drawn, by a generator on any device.
     Returns, in float32: x_next [B, ...]; log_prob [B], averaged over elements as in [C], or 0 for
         the ODE, which has no density; mean [B, ...]; std, sigma_t * sqrt(|dt|), broadcastable.
     """
@@ -231,7 +231,7 @@ def grpo_loss(
             "ratio_mean": ratio.mean(),
             "clipfrac": ((ratio - 1).abs() > clip_range).float().mean(),
             # The usual estimate, (ratio - 1) - log_ratio, would cancel to 0 at ratios so near to 1.
-            # It is 1 / E^2 of the exact KL, so it can't be compared with `kl`.
+            # It is 1 / E^2 of the KL summed over elements, so it can't be compared with `kl`.
             "approx_kl": 0.5 * (log_ratio**2).mean(),
             "policy_loss": policy_loss.detach(),
             "kl": kl.detach().mean(),
@@ -294,7 +294,7 @@ class Reward:
 
 @dataclass
 class Run:
-    """All that a run consists of. `prepare` makes it, an equal one in each process."""
+    """All that a run has, the same in each process. `prepare` makes it, and `log` saves it."""
 
     config: Config
     pipe: StableDiffusion3Pipeline  # with the LoRA adapter in its frozen transformer
@@ -303,9 +303,9 @@ class Run:
     eval_records: list
     latent_shape: tuple  # C, H, W
     parameters: torch.nn.ParameterList  # the adapter, in float32, which draws the rollouts
-    ema: EMAModel  # its moving average, which draws the evaluations, and is saved for use
+    ema: EMAModel  # its moving average (decay 0.9), which draws evaluations, and is what one uses
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler  # off, unless the network is in float16
+    scaler: torch.amp.GradScaler  # off, unless the network is in float16, as on a GPU
     epoch: int = 0  # how many epochs are done,
     updates: int = 0  # and how many optimiser steps
     metrics: list = field(default_factory=list)  # the lines of metrics.jsonl, as dicts
@@ -330,7 +330,7 @@ class Samples:
 def batches(run: Run, indices, description):
     """Yields this process's part of the indices, in batches.
 
-    Image i is drawn in batch i // batch_size, and all of batch n is for process n % PROCESSES.
+    The rollout draws image i in batch n = i // batch_size, which is for process n % PROCESSES.
     """
     size = run.config.batch_size
     own = [i for i in indices if i // size % PROCESSES == RANK]
@@ -338,13 +338,12 @@ def batches(run: Run, indices, description):
         yield own[start : start + size]
 
 
-def padded(indices, size: int) -> list:
+def padded(indices: list, size: int) -> list:
     """A batch filled up with repeats, which don't count.
 
-    The last bits of a network's output depend on the batch size. With one size in rollout and
-    update, the ratios of the first optimiser step are 1.
+    A GPU's last bits depend on the batch size. With one, the first optimiser step's ratios are 1.
     """
-    return [indices[i % len(indices)] for i in range(size)]
+    return (indices * size)[:size]
 
 
 def velocity_along(run: Run, times: list, texts: dict, prompts: list) -> Callable:
@@ -400,14 +399,14 @@ def collect(run: Run) -> Samples:
 
 
 def update(run: Run, samples: Samples) -> dict:
-    """The epoch's optimiser steps. Returns means of the loss's statistics, and signs of trouble."""
+    """The epoch's optimiser steps. Returns means of their statistics, and the share kept."""
     config = run.config
     advantages = group_advantages(samples.columns["reward"].view(-1, config.group_size)).flatten()
     # As in [C], images whose advantage is 0 are dropped, and means are over those that are kept. So
     # the policy's term is N / kept times as large as in [P], and the KL is of the kept images.
     kept = advantages.nonzero().flatten().tolist()
     # Shuffled, then sorted by batch, they are dealt to the optimiser steps in turn. So each has an
-    # equal, random part of each batch, and the processes have about equal work.
+    # about equal, random part of each batch, and the processes have about equal work.
     Random(f"{config.seed} {run.epoch}").shuffle(kept)
     kept.sort(key=lambda i: i // config.batch_size)
     totals = Counter()  # Counter.update adds.
@@ -435,7 +434,7 @@ def update(run: Run, samples: Samples) -> dict:
 
 
 def add_gradient(run: Run, samples: Samples, indices: list, advantages: Tensor, chunk_size: int):
-    """Add the gradient of a batch's part of the loss, a mean over a chunk's images and S steps.
+    """Add the gradient of a batch's part of the loss, the mean over chunk_size images and S steps.
 
     Returns its part of the means of `grpo_loss`'s statistics, and of the largest |ratio - 1|.
     """
@@ -443,7 +442,8 @@ def add_gradient(run: Run, samples: Samples, indices: list, advantages: Tensor, 
     transformer = run.pipe.transformer
     times = samples.times
     count = len(indices)
-    filled = padded(indices, config.batch_size)
+    padding = DEVICE == "cuda" or config.compile  # Else bits hardly differ, and it takes time.
+    filled = padded(indices, config.batch_size) if padding else indices
     prompts = [samples.records[i]["prompt"] for i in filled]
     velocity = velocity_along(run, times, samples.texts, prompts)
     latents = samples.latents[filled].to(DEVICE)
@@ -491,7 +491,7 @@ def optimizer_step(run: Run):
     the scaler lowers it, and skips the step, which doesn't count. Raises UserError if the scale is
     1 already, as it always is where the scaler is off.
     """
-    run.scaler.scale(run.parameters[0])  # Makes the scale in a process without images.
+    run.scaler.scale(run.parameters[0])  # Without images, a process has no scale yet.
     sum_gradients(run.parameters)
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, 1.0).item()
@@ -556,7 +556,7 @@ def train(run: Run, update: Callable = update):
             metrics["seconds_update"] = time.perf_counter() - middle
             del samples  # They are large, and would last through the next rollout.
             run.epoch += 1
-            log(run, metrics)  # It also saves the run.
+            log(run, metrics)  # Like the other, it saves the run, too.
 
 
 # ---- Several processes: torchrun starts equal copies of this script, which divide the batches.
@@ -577,8 +577,8 @@ def first_to_fail():
     if PROCESSES == 1:
         return True
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which torchrun ends the others
-    store = dist.distributed_c10d._get_default_store()  # torchrun's own, which outlives them
-    return store.add("failed", 1) == 1
+    # This is torchrun's own store, which outlives the processes.
+    return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
 
 
 def gather(value):
@@ -689,12 +689,11 @@ def encode(run: Run, records: list):
     encoders = filter(None, [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3])
     encoders = torch.nn.ModuleList(encoders).to(DEVICE)
     prompts = sorted({"", *[record["prompt"] for record in records]})
-    length = run.config.max_sequence_length
     texts = {}
     for i in range(0, len(prompts), 64):
         batch = prompts[i : i + 64]
         embeds, _, pooled, _ = pipe.encode_prompt(
-            batch, None, None, DEVICE, 1, False, max_sequence_length=length
+            batch, None, None, DEVICE, 1, False, max_sequence_length=run.config.max_sequence_length
         )
         texts |= zip(batch, zip(embeds.cpu(), pooled.cpu()))
     # T5 has 10 GB, and takes 7 s to the GPU and back. It stays there if there is room enough.
@@ -943,7 +942,7 @@ def configure(argv):
     most = {"sde_steps": config.sde_range, "sde_range": TRAIN_STEPS, "max_sequence_length": 512}
     for name, value in vars(config).items():
         low = least.get(name, 1 if isinstance(value, int) else 1e-12)
-        high = most.get(name, 10**9)
+        high = most.get(name, 1_000_000_000)
         if not isinstance(value, str | bool) and not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')} is {value}: give {low} to {high}")
     return config, state
