@@ -16,10 +16,9 @@ x_t = (1 - t) x_0 + t x_1, and velocity = x_1 - x_0.
 
 An epoch of the published recipe draws 48 prompts x 24 images = 1,152 images in 10 steps each,
 scores them, and trains on the first 9 of the steps in 2 optimiser steps of up to 576 images. With
-guidance, each velocity takes two passes of the network, one with the prompt and one without. So to
-draw an image takes 20 passes, and 80 in an evaluation, which has 40 steps. To train on an image
-takes 36 passes forward (9 steps x 2 passes, for the policy and for its reference), and 9 backward,
-because only the policy's pass with the prompt has a gradient. Without a KL penalty, 18 and 9.
+guidance, a velocity takes two passes of the network, with the prompt and without. So an image takes
+20 passes, and 80 in an evaluation, which has 40 steps. To train on it takes 36 forward (9 steps x 2
+for the policy and its reference, 18 without KL) and 9 backward, for the policy with the prompt.
 """
 
 import signal
@@ -27,6 +26,7 @@ import signal
 if __name__ == "__main__":  # Ctrl-C while the packages load (10 s) ends without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import atexit
 import copy
 import json
 import math
@@ -568,6 +568,7 @@ def join_processes():
     # Gloo serves GPUs, too. It fails at once when a process dies, and an optimiser step of SD3.5
     # has no more than 75 MB to sum.
     dist.init_process_group("gloo")
+    atexit.register(dist.destroy_process_group)  # Its threads may abort a process that ends.
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
@@ -821,8 +822,8 @@ def save(run: Run):
         atomic(out / name, lambda path: path.write_text(text))
     transformer = run.pipe.transformer
     names = [name for name, p in transformer.named_parameters() if p.requires_grad]
-    layers = get_peft_model_state_dict(transformer, dict(zip(names, run.ema.shadow_params)))
     metadata = transformer.peft_config["default"].to_dict()
+    layers = get_peft_model_state_dict(transformer, dict(zip(names, run.ema.shadow_params)))
     weights = out / "pytorch_lora_weights.safetensors"
     atomic(
         weights,
@@ -859,15 +860,15 @@ def log(run: Run, metrics: dict, images: Tensor | None = None):
         return
     out = Path(run.config.output_dir).absolute()
     if images is not None:
-        grid = out / "samples" / f"epoch_{run.epoch:05}.png"
-        atomic(grid, lambda path: save_image(images, path, nrow=4, format="png"))
+        write_grid = partial(save_image, images, nrow=4, format="png")
+        atomic(out / "samples" / f"epoch_{run.epoch:05}.png", write_grid)
         axes = Figure(layout="constrained").subplots()
         for name in ("reward", "eval_reward"):
             curve = {line["epoch"]: line[name] for line in run.metrics if name in line}
             axes.plot(list(curve), list(curve.values()), "o-", label=name)
         axes.set_xlabel("epoch")
         axes.legend()
-        atomic(out / "curve.png", lambda path: axes.figure.savefig(path, format="png"))
+        atomic(out / "curve.png", partial(axes.figure.savefig, format="png"))
     save(run)
     for name, value in metrics.items():
         tensorboard(out).add_scalar(name, value, run.epoch)

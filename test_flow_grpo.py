@@ -930,6 +930,13 @@ def test_decoding_has_no_graph(model, work):
     assert not flow_grpo.decode(run.pipe.vae, normal(1, *run.latent_shape)).requires_grad
 
 
+def test_a_reward_may_view_images_as_rows(model, work):
+    """In memory, the autoencoder's channels come last."""
+    run = small_run(model)
+    images = flow_grpo.decode(run.pipe.vae, normal(2, *run.latent_shape))
+    assert images.view(2, -1).shape == (2, images[0].numel())
+
+
 def test_images_are_in_0_to_1(model, work):
     vae = small_run(model).pipe.vae
     images = flow_grpo.decode(vae, 100 * normal(2, 4, 8, 8))
@@ -1427,18 +1434,31 @@ def one_block(model):
     return folder
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_an_epoch_in_half_precision_has_batches_of_one_size_and_ratios_of_one(
-    one_block, work, compiled
+def sizes_of_passes(run):
+    """A set to which each pass of the network adds how many images it has."""
+    sizes = set()
+    run.pipe.transformer.register_forward_pre_hook(lambda _, args: sizes.add(len(args[0])))
+    return sizes
+
+
+def test_a_compiled_epoch_in_half_precision_has_batches_of_one_size_and_ratios_of_one(
+    one_block, work
 ):
     torch.compiler.reset()
-    run = small_run(one_block, half=True, beta=0.1, compile=compiled)
-    shapes = set()
-    run.pipe.transformer.register_forward_pre_hook(lambda _, args: shapes.add(args[0].shape))
+    run = small_run(one_block, half=True, beta=0.1, compile=True)
+    sizes = sizes_of_passes(run)
     stats = flow_grpo.update(run, flow_grpo.collect(run))
     assert run.updates == 2
-    assert shapes == {(3, 4, 8, 8)}
+    assert sizes == {3}
     assert stats["ratio_deviation"] < 1e-5
+
+
+def test_on_the_cpu_an_update_has_passes_for_its_own_images_alone(model, work):
+    run = small_run(model, beta=0.1)
+    samples = flow_grpo.collect(run)
+    sizes = sizes_of_passes(run)
+    flow_grpo.add_gradient(run, samples, [0, 1], torch.ones(8), 2)
+    assert sizes == {2}
 
 
 def test_in_half_precision_the_adapter_is_in_float32_and_there_is_a_loss_scale(model, work):
@@ -3087,6 +3107,14 @@ def test_a_run_on_the_gpu_is_where_and_what_it_should_be(gpu_run):
     for line in metrics("cut"):
         assert line.get("ratio_deviation", 0) < 1e-6
         assert math.isfinite(line.get("grad_norm", 0))
+
+
+def test_on_the_gpu_all_passes_of_an_epoch_have_as_many_images(model, work, gpu):
+    run = small_run(model, beta=0.1)
+    sizes = sizes_of_passes(run)
+    samples = flow_grpo.collect(run)
+    flow_grpo.add_gradient(run, samples, [0, 1], torch.ones(8), 2)
+    assert sizes == {3}
 
 
 def the_resumed_run_equals_the_continued_one():
