@@ -341,7 +341,7 @@ def batches(run: Run, indices, description):
 def padded(indices: list, size: int) -> list:
     """A batch filled up with repeats, which don't count.
 
-    A GPU's last bits depend on the batch size. With one, the first optimiser step's ratios are 1.
+    A GPU's last bits depend on the batch size. With one size, the first update's ratios are 1.
     """
     return (indices * size)[:size]
 
@@ -442,7 +442,7 @@ def add_gradient(run: Run, samples: Samples, indices: list, advantages: Tensor, 
     transformer = run.pipe.transformer
     times = samples.times
     count = len(indices)
-    padding = DEVICE == "cuda" or config.compile  # Else bits hardly differ, and it takes time.
+    padding = DEVICE == "cuda" or config.compile  # Elsewhere, it would only take time.
     filled = padded(indices, config.batch_size) if padding else indices
     prompts = [samples.records[i]["prompt"] for i in filled]
     velocity = velocity_along(run, times, samples.texts, prompts)
@@ -568,7 +568,7 @@ def join_processes():
     # Gloo serves GPUs, too. It fails at once when a process dies, and an optimiser step of SD3.5
     # has no more than 75 MB to sum.
     dist.init_process_group("gloo")
-    atexit.register(dist.destroy_process_group)  # Its threads may abort a process that ends.
+    atexit.register(dist.destroy_process_group)  # Else its threads may abort a process that ends.
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
@@ -822,8 +822,8 @@ def save(run: Run):
         atomic(out / name, lambda path: path.write_text(text))
     transformer = run.pipe.transformer
     names = [name for name, p in transformer.named_parameters() if p.requires_grad]
-    metadata = transformer.peft_config["default"].to_dict()
     layers = get_peft_model_state_dict(transformer, dict(zip(names, run.ema.shadow_params)))
+    metadata = transformer.peft_config["default"].to_dict()
     weights = out / "pytorch_lora_weights.safetensors"
     atomic(
         weights,

@@ -1434,10 +1434,10 @@ def one_block(model):
     return folder
 
 
-def sizes_of_passes(run):
+def sizes_of_passes(network):
     """A set to which each pass of the network adds how many images it has."""
     sizes = set()
-    run.pipe.transformer.register_forward_pre_hook(lambda _, args: sizes.add(len(args[0])))
+    network.register_forward_pre_hook(lambda _, args: sizes.add(len(args[0])))
     return sizes
 
 
@@ -1446,7 +1446,7 @@ def test_a_compiled_epoch_in_half_precision_has_batches_of_one_size_and_ratios_o
 ):
     torch.compiler.reset()
     run = small_run(one_block, half=True, beta=0.1, compile=True)
-    sizes = sizes_of_passes(run)
+    sizes = sizes_of_passes(run.pipe.transformer)
     stats = flow_grpo.update(run, flow_grpo.collect(run))
     assert run.updates == 2
     assert sizes == {3}
@@ -1456,7 +1456,7 @@ def test_a_compiled_epoch_in_half_precision_has_batches_of_one_size_and_ratios_o
 def test_on_the_cpu_an_update_has_passes_for_its_own_images_alone(model, work):
     run = small_run(model, beta=0.1)
     samples = flow_grpo.collect(run)
-    sizes = sizes_of_passes(run)
+    sizes = sizes_of_passes(run.pipe.transformer)
     flow_grpo.add_gradient(run, samples, [0, 1], torch.ones(8), 2)
     assert sizes == {2}
 
@@ -1521,8 +1521,7 @@ def test_compiling_is_not_given_up_for_the_kinds_of_blocks_nor_in_a_backward_pas
 @pytest.mark.parametrize("checkpointed, at_once", [(False, {3, 2}), (True, {1})])
 def test_checkpoints_save_memory_of_network_and_autoencoder(model, work, checkpointed, at_once):
     run = small_run(model, gradient_checkpointing=checkpointed)
-    sizes = set()
-    run.pipe.vae.decoder.register_forward_pre_hook(lambda _, args: sizes.add(len(args[0])))
+    sizes = sizes_of_passes(run.pipe.vae.decoder)
     flow_grpo.collect(run)
     assert run.pipe.transformer.is_gradient_checkpointing == checkpointed
     assert sizes == at_once
@@ -3109,12 +3108,13 @@ def test_a_run_on_the_gpu_is_where_and_what_it_should_be(gpu_run):
         assert math.isfinite(line.get("grad_norm", 0))
 
 
-def test_on_the_gpu_all_passes_of_an_epoch_have_as_many_images(model, work, gpu):
-    run = small_run(model, beta=0.1)
-    sizes = sizes_of_passes(run)
-    samples = flow_grpo.collect(run)
-    flow_grpo.add_gradient(run, samples, [0, 1], torch.ones(8), 2)
+def test_an_epoch_on_the_gpu_has_batches_of_one_size_and_ratios_of_one(one_block, work, gpu):
+    run = small_run(one_block, beta=0.1)
+    sizes = sizes_of_passes(run.pipe.transformer)
+    stats = flow_grpo.update(run, flow_grpo.collect(run))
+    assert run.updates == 2
     assert sizes == {3}
+    assert stats["ratio_deviation"] < 1e-5
 
 
 def the_resumed_run_equals_the_continued_one():
