@@ -17,8 +17,8 @@ x_t = (1 - t) x_0 + t x_1, and velocity = x_1 - x_0.
 An epoch of the published recipe draws 48 prompts x 24 images = 1,152 images in 10 steps each,
 scores them, and trains on the first 9 of the steps in 2 optimiser steps of up to 576 images. With
 guidance, a velocity takes two passes of the network, with the prompt and without. So an image takes
-20 passes, and 80 in an evaluation, which has 40 steps. To train on it takes 36 forward (9 steps x 2
-for the policy and its reference, 18 without KL) and 9 backward, for the policy with the prompt.
+20 passes, and 80 in an evaluation, which has 40 steps. To train on it takes 36 forward (half of
+them the reference's, for the KL) and 9 backward, as only the policy with the prompt has a gradient.
 """
 
 import signal
@@ -240,14 +240,11 @@ def grpo_loss(
 
 
 # ---- Sampling with SD3.
-def predict_velocity(
-    transformer, x: Tensor, t: float, text: tuple, null_text: tuple, guidance_scale: float
-) -> Tensor:
+def predict_velocity(transformer, x: Tensor, t: float, text, null_text, guidance_scale) -> Tensor:
     """The velocity [B, C, H, W] at x and time t, with classifier-free guidance, in float32.
 
     text, null_text: B prompts and B empty ones, encoded as embeds [B, L, D] and pooled [B, D'].
-    As in [C], the gradient takes the unconditional velocity for a constant. That saves memory and a
-    backward pass, but it is not the full gradient.
+    As in [C], the gradient leaves the unconditional velocity out, which saves a backward pass.
     """
 
     def predict(embeds, pooled):
@@ -284,7 +281,7 @@ class Reward:
 
     It is called as function(images, prompts, records). The images are float32 [B, 3, H, W] in 0..1,
     on the run's device; the prompts are B strings; the records are the B dicts of the prompt file.
-    It returns B numbers, or a dict of named columns of B numbers. The first becomes `reward`.
+    It returns B numbers, or a dict of columns of them. `reward`, or else the first, is trained on.
     """
 
     name: str
@@ -338,7 +335,7 @@ def batches(run: Run, indices, description):
         yield own[start : start + size]
 
 
-def padded(indices: list, size: int) -> list:
+def padded(indices, size):
     """A batch filled up with repeats, which don't count.
 
     A GPU's last bits depend on the batch size. With one size, the first update's ratios are 1.
@@ -346,7 +343,7 @@ def padded(indices: list, size: int) -> list:
     return (indices * size)[:size]
 
 
-def velocity_along(run: Run, times: list, texts: dict, prompts: list) -> Callable:
+def velocity_along(run: Run, times, texts, prompts) -> Callable:
     """The network's velocity(x, k) for these prompts at times[k], as `rollout` calls it."""
 
     def stacked(prompts):
@@ -433,7 +430,7 @@ def update(run: Run, samples: Samples) -> dict:
     }
 
 
-def add_gradient(run: Run, samples: Samples, indices: list, advantages: Tensor, chunk_size: int):
+def add_gradient(run: Run, samples: Samples, indices, advantages: Tensor, chunk_size):
     """Add the gradient of a batch's part of the loss, the mean over chunk_size images and S steps.
 
     Returns its part of the means of `grpo_loss`'s statistics, and of the largest |ratio - 1|.
@@ -527,8 +524,10 @@ def evaluate(run: Run):
     for indices in batches(run, range(len(run.eval_records)), "evaluation"):
         records = [run.eval_records[i] for i in indices]
         velocity = velocity_along(run, times, texts, [record["prompt"] for record in records])
-        generators = [torch.Generator().manual_seed(i) for i in indices]
-        noise = [torch.randn(run.latent_shape, generator=g) for g in generators]
+        noise = [
+            torch.randn(run.latent_shape, generator=torch.Generator().manual_seed(i))
+            for i in indices
+        ]
         path, _ = rollout(velocity, torch.stack(noise).to(DEVICE), times, noise_level=0.0)
         images = decode(run.pipe.vae, path[:, -1])
         scores = score_images(run.reward, images, records)
@@ -575,7 +574,7 @@ def join_processes():
 
 def first_to_fail():
     """Whether this process is the first to fail, and so says why. What ends one ends all."""
-    if PROCESSES == 1:
+    if not dist.is_initialized():
         return True
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which torchrun ends the others
     # This is torchrun's own store, which outlives the processes.
@@ -596,10 +595,12 @@ def gathered(columns):
     for part in gather(columns):
         merged |= part
     ordered = [merged[first] for first in sorted(merged)]
+    if len({tuple(part) for part in ordered}) > 1:
+        raise UserError("the reward has other columns in one batch than in another: mend it")
     return {name: torch.cat([part[name] for part in ordered]) for name in ordered[0]}
 
 
-def sum_gradients(parameters: list):
+def sum_gradients(parameters):
     """Give each process the sum of all processes' gradients; one that had no images adds zeros."""
     for p in parameters:
         if p.grad is None:
@@ -681,7 +682,7 @@ def prepare(config: Config, pipe, reward: Reward, train_records, eval_records) -
 
 
 @torch.no_grad()
-def encode(run: Run, records: list):
+def encode(run: Run, records):
     """Encode each different prompt, and the empty one, once.
 
     Returns prompt -> (embeds [L, D], pooled [D']) on the CPU.
@@ -698,7 +699,7 @@ def encode(run: Run, records: list):
         )
         texts |= zip(batch, zip(embeds.cpu(), pooled.cpu()))
     # T5 has 10 GB, and takes 7 s to the GPU and back. It stays there if there is room enough.
-    if DEVICE == "cuda" and torch.cuda.mem_get_info()[1] < 40e9:
+    if DEVICE == "cuda" and torch.cuda.mem_get_info()[1] < 45e9:
         encoders.to("cpu")
     return texts
 
@@ -726,21 +727,22 @@ def score_images(reward: Reward, images: Tensor, records: list) -> dict:
     if not images.isfinite().all():
         raise UserError(f"an image is not finite: {DIVERGED}")
     prompts = [record["prompt"] for record in records]
+    copies = [copy.deepcopy(record) for record in records]
     try:  # with copies, which the function may change as it likes
-        result = reward.function(images.clone(), list(prompts), copy.deepcopy(records))
+        result = reward.function(images.clone(), list(prompts), copies)
         named = result if isinstance(result, dict) else {reward.name: result}
         columns = {name: torch.as_tensor(column).float().cpu() for name, column in named.items()}
         for name, column in columns.items():
             for prompt, value in zip(prompts, column.tolist(), strict=True):
                 if not math.isfinite(value):
                     raise ValueError(f"{name} is {value} for '{prompt}'")
-        return {**columns, "reward": next(iter(columns.values()))}
+        return {"reward": next(iter(columns.values())), **columns}
     except (Exception, SystemExit) as e:
         where = f"at '{prompts[0]}', where each image needs one finite number"
         raise UserError(f"the reward {reward.name} failed {where}: {why(e)}") from e
 
 
-def averages(columns, records, prefix="") -> dict:
+def averages(columns, records, prefix=""):
     """Each column's mean. If records have tags, it is that of the tags' means, as in GenEval."""
     tags = [str(record.get("tag")) for record in records]
     sizes = Counter(tags)
@@ -791,7 +793,7 @@ def split_prompts(config: Config, reward: Reward):
 # ---- Files. The checkpoint holds all that a run needs to go on; the other files are for people.
 PLAIN = "train_records eval_records epoch updates metrics".split()
 STATEFUL = "parameters ema optimizer scaler".split()
-MAY_CHANGE = """resume output_dir model epochs eval_every batch_size compile
+MAY_CHANGE = """resume model epochs eval_every batch_size compile
     gradient_checkpointing""".split()
 
 
@@ -835,7 +837,7 @@ def save(run: Run):
         shutil.copymode(out / "checkpoint.pt", weights)
 
 
-def restore(run: Run, state: dict):
+def restore(run: Run, state):
     """Put a checkpoint's state into the run. Raises UserError if it is of another model."""
     for name in PLAIN:
         setattr(run, name, state[name])
@@ -853,7 +855,7 @@ def tensorboard(out: Path):
     return SummaryWriter(out / "tensorboard", flush_secs=1)
 
 
-def log(run: Run, metrics: dict, images: Tensor | None = None):
+def log(run: Run, metrics, images: Tensor | None = None):
     """Add metrics to the run's, save it, and print them. With images, draw these and the curve."""
     run.metrics.append({"epoch": run.epoch, **metrics})
     if RANK > 0:
@@ -914,7 +916,8 @@ def configure(argv):
     """
     parse = partial(tyro.cli, Config, args=argv, console_outputs=RANK == 0)
     config = parse(default=Config() if DEVICE == "cuda" else TINY)
-    folder = config.resume or config.output_dir or time.strftime("runs/%Y%m%d-%H%M%S")
+    new = time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
+    folder = config.resume or config.output_dir or new
     checkpoint = Path(folder, "checkpoint.pt")
     state = None
     if config.resume:
@@ -923,7 +926,7 @@ def configure(argv):
                 raise ValueError("a checksum is wrong")
             # weights_only: no pickled code is run.
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            saved = Config(**state["config"])
+            saved = Config(**state["config"] | {"output_dir": folder})
         except Exception as e:  # torch raises many kinds.
             hint = "check the path, or put back a copy"
             raise UserError(f"{checkpoint} can't be resumed: {why(e)}; {hint}") from e
@@ -972,7 +975,7 @@ def start(argv):
     return run
 
 
-def main(argv=None) -> int:
+def main(argv=None):
     """Train. Returns the exit code: 0, 2 for what the user can mend, 130 if interrupted."""
     hint = ""
     code = 2

@@ -1,7 +1,8 @@
 """What is Flow-GRPO compared with? Three other ways to learn from the same images, online.
 
-Supervised fine-tuning (SFT), reward-weighted regression (RWR) and Flow-DPO, each in place of
-`flow_grpo.update`. They take as many optimiser steps as that, and see each image at seven times.
+Supervised fine-tuning (SFT), reward-weighted regression (RWR) and Flow-DPO each take the place of
+`flow_grpo.update`. They take as many optimiser steps as that, and see each image that they use at
+seven times.
 
 Notation. P groups with K images each. `error` [P, K] is each image's flow-matching error, the mean
 of (velocity - (noise - image))^2 over the elements, and `ref_error` that of the base model.

@@ -2,10 +2,10 @@
 
     python bench/claims.py NAME...
 
-trains each variant of these claims with each seed, and adds a line for each run to claims.jsonl in
-the output folder. From all lines there it makes claims.md, tables with the mean, the least and the
-most over the seeds, and claims.png. Interrupted, the same command goes on. With `--seeds 0` it only
-makes the tables and the figure. After a change of the code, take a new folder.
+The command trains each variant of these claims with each seed, and adds a line for each run to
+claims.jsonl in the output folder. From all lines there it makes claims.md, tables with the mean,
+the least and the most over the seeds, and claims.png. Interrupted, the same command goes on. With
+`--seeds 0` it only makes the tables and the figure. After a change of the code, take a new folder.
 
 gain       Reinforcement learning raises text accuracy.
 steps      Rollouts of 10 steps do as well as those of 40, and are faster.

@@ -1,4 +1,4 @@
-"""How much time and memory would SD3.5 Medium take on a GPU? A count, on tensors without data.
+"""How much time and memory would SD3.5 Medium take on a GPU? It counts, on tensors without data.
 
     python bench/counting.py
 

@@ -2,9 +2,10 @@
 
     python bench/first_picture.py RUN LONG_RUN_WITHOUT_KL
 
-draws the first eight held-out prompts by the base model and by the two runs, from the same noise,
-and writes assets/before_after_without_kl.png. The number asked for stands above each sign, and a
-sign that PP-OCR doesn't read so has a red frame. Below each panel are numbers of judge.py.
+The command draws the first eight held-out prompts by the base model and by the two runs, from the
+same noise, and writes assets/before_after_without_kl.png. The number asked for stands above each
+sign, and a sign that PP-OCR doesn't read so has a red frame. Below each panel are numbers of
+judge.py.
 """
 
 import argparse

@@ -5,11 +5,12 @@
     python bench/throughput.py --model small       # the GPU's path, at a size for a CPU
     python bench/throughput.py --processes 1 2     # the embedded model's epoch by 1 and 2 processes
 
-It drives the functions that train, and `plain`, the loop of plain_loop.py. A row is a loop at a
-batch size: images per second of the rollout, of the update and of both, as the median, the least
-and the most of the repetitions; the GPU's peak memory; TFLOP/s, by the work that the algorithm
-needs, and their share of what a large matrix product sustains here; the largest |ratio - 1| of the
-first update; and the seconds that the model's default epoch would take at this speed.
+It drives the functions that train, and `plain`, the loop of plain_loop.py. A row is of one loop at
+one batch size. It has the images per second of the rollout, of the update and of both, as the
+median, the least and the most of the repetitions; the GPU's peak memory; TFLOP/s, by the work that
+the algorithm needs, and their share of what a large matrix product sustains here; the
+`ratio_deviation` of the first update; and the seconds that the model's default epoch would take at
+this speed.
 """
 
 import argparse

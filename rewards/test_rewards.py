@@ -606,7 +606,7 @@ def test_pickscore_is_the_formula(models):
     for reward, prompt, pil in zip(rewards, prompts, pils):
         output = model(**prepare(text=prompt, images=pil))
         cosine = F.cosine_similarity(output.text_embeds, output.image_embeds).item()
-        assert abs(cosine) > 0.05
+        assert abs(cosine) > 0.02
         assert reward.item() == pytest.approx(math.exp(2.6592) * cosine / 26, abs=2e-3)
 
 
