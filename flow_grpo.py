@@ -596,7 +596,7 @@ def gathered(columns):
         merged |= part
     ordered = [merged[first] for first in sorted(merged)]
     if len({tuple(part) for part in ordered}) > 1:
-        raise UserError("the reward has other columns in one batch than in another: mend it")
+        raise UserError("the reward has other columns, or another order of them, in some batches")
     return {name: torch.cat([part[name] for part in ordered]) for name in ordered[0]}
 
 
@@ -738,8 +738,8 @@ def score_images(reward: Reward, images: Tensor, records: list) -> dict:
                     raise ValueError(f"{name} is {value} for '{prompt}'")
         return {"reward": next(iter(columns.values())), **columns}
     except (Exception, SystemExit) as e:
-        where = f"at '{prompts[0]}', where each image needs one finite number"
-        raise UserError(f"the reward {reward.name} failed {where}: {why(e)}") from e
+        error = f"the reward {reward.name} failed at '{prompts[0]}': {why(e)}"
+        raise UserError(f"{error}; a reward gives one finite number for each image") from e
 
 
 def averages(columns, records, prefix=""):
