@@ -1451,16 +1451,20 @@ def sizes_of_passes(network):
     return sizes
 
 
-def test_a_compiled_epoch_in_half_precision_has_batches_of_one_size_and_ratios_of_one(
-    one_block, work
-):
-    torch.compiler.reset()
-    run = small_run(one_block, half=True, beta=0.1, compile=True)
+def an_epoch_has_batches_of_one_size_and_ratios_of_one(run):
     sizes = sizes_of_passes(run.pipe.transformer)
     stats = flow_grpo.update(run, flow_grpo.collect(run))
     assert run.updates == 2
     assert sizes == {3}
     assert stats["ratio_deviation"] < 1e-5
+
+
+def test_a_compiled_epoch_in_half_precision_has_batches_of_one_size_and_ratios_of_one(
+    one_block, work
+):
+    torch.compiler.reset()
+    run = small_run(one_block, half=True, beta=0.1, compile=True)
+    an_epoch_has_batches_of_one_size_and_ratios_of_one(run)
 
 
 def test_on_the_cpu_an_update_has_passes_for_its_own_images_alone(model, work):
@@ -2581,7 +2585,9 @@ def teams(model, late, monkeypatch):
             "nan": arguments(model, "nan", reward="late.py:late_nan"),
         }
         Path("worker.py").write_text(WORKER)
-        stdout, stderr = start_two("worker.py", json.dumps(runs)).communicate()
+        process = start_two("worker.py", json.dumps(runs))
+        stdout, stderr = process.communicate()
+        assert process.returncode != 0
         Path("stdout").write_text(stdout)
         Path("stderr").write_text(stderr)
     monkeypatch.chdir(folder)
@@ -3129,12 +3135,7 @@ def test_a_run_on_the_gpu_is_where_and_what_it_should_be(gpu_run):
 
 
 def test_an_epoch_on_the_gpu_has_batches_of_one_size_and_ratios_of_one(one_block, work, gpu):
-    run = small_run(one_block, beta=0.1)
-    sizes = sizes_of_passes(run.pipe.transformer)
-    stats = flow_grpo.update(run, flow_grpo.collect(run))
-    assert run.updates == 2
-    assert sizes == {3}
-    assert stats["ratio_deviation"] < 1e-5
+    an_epoch_has_batches_of_one_size_and_ratios_of_one(small_run(one_block, beta=0.1))
 
 
 def the_resumed_run_equals_the_continued_one():

@@ -476,8 +476,10 @@ def test_an_unknown_tag_is_warned_of(tag):
 
 
 def save_random_models(folder):
-    """Writes a detector, a PickScore and a CLIP into the folder, for `use_models`."""
-    torch.manual_seed(0)
+    """Writes a detector, a PickScore and a CLIP into the folder, for `use_models`.
+
+    Each sets the seed, as how much randomness one takes depends on the release of transformers.
+    """
     save_random_detector(folder / "detector")
     save_random_pickscore(folder / "pickscore")
     save_random_clip(folder)
@@ -505,6 +507,7 @@ def forget_models():
 
 
 def save_random_detector(folder):
+    torch.manual_seed(0)
     backbone = transformers.SwinConfig(
         embed_dim=8,
         depths=[1, 1, 1, 1],
@@ -535,6 +538,7 @@ def save_random_detector(folder):
 
 
 def save_random_pickscore(folder):
+    torch.manual_seed(0)
     words = ["<|startoftext|>", "<|endoftext|>"]
     for end in ("", "</w>"):
         words += [chr(c) + end for c in range(33, 127)]
@@ -553,6 +557,7 @@ def save_random_pickscore(folder):
 
 
 def save_random_clip(folder):
+    torch.manual_seed(0)
     vision = dict(image_size=32, layers=2, width=16, head_width=8, patch_size=8)
     text = dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=2)
     config = dict(embed_dim=16, vision_cfg=vision, text_cfg=text)
@@ -606,7 +611,7 @@ def test_pickscore_is_the_formula(models):
     for reward, prompt, pil in zip(rewards, prompts, pils):
         output = model(**prepare(text=prompt, images=pil))
         cosine = F.cosine_similarity(output.text_embeds, output.image_embeds).item()
-        assert abs(cosine) > 0.02
+        assert abs(cosine) > 0.05
         assert reward.item() == pytest.approx(math.exp(2.6592) * cosine / 26, abs=2e-3)
 
 
