@@ -1,18 +1,18 @@
 """Flow-GRPO in one file: online reinforcement learning for flow-matching image models.
 
-It fine-tunes Stable Diffusion 3.5 Medium with LoRA or, where there is no GPU, the small tiny-sd3/:
+It fine-tunes, with LoRA, Stable Diffusion 3.5 Medium or, without a GPU, the small tiny-sd3/:
 
     python flow_grpo.py --prompt-file prompts.txt
     torchrun --standalone --nproc-per-node 8 flow_grpo.py --prompt-file prompts.txt  # 8 GPUs
     python flow_grpo.py --resume runs/NAME  # Go on, with any number of GPUs.
 
-[P] is the paper, Liu et al., Flow-GRPO: Training Flow Matching Models via Online RL, arXiv
-2505.05470. [C] is the code of its authors, yifan123/flow_grpo.
+[paper] is Liu et al., Flow-GRPO: Training Flow Matching Models via Online RL, arXiv 2505.05470.
+[code] is its authors', yifan123/flow_grpo.
 
 Notation. B images in a batch; T denoising steps, S of which are trained; P prompts in an epoch with
-G images each (a group), so N = P * G images. Latents are [B, C, H, W], but the method takes any
-[B, ...]. Time falls from t = 1, which is noise, to t = 0, which is the image, with
-x_t = (1 - t) x_0 + t x_1, and velocity = x_1 - x_0.
+G images each (a group), from noise of their own, so N = P * G images. Latents are [B, C, H, W], but
+the method takes any [B, ...]. Time falls from t = 1, which is noise, to t = 0, which is the image,
+with x_t = (1 - t) x_0 + t x_1, and velocity = x_1 - x_0.
 
 An epoch of the published recipe draws 48 prompts x 24 images = 1,152 images in 10 steps each,
 scores them, and trains on the first 9 of the steps in 2 optimiser steps of up to 576 images. With
@@ -50,6 +50,7 @@ import torch.distributed as dist
 import tyro
 from diffusers import StableDiffusion3Pipeline
 from diffusers.training_utils import EMAModel, cast_training_params
+from diffusers.utils import logging
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
@@ -58,21 +59,21 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-TRAIN_STEPS = 10  # Denoising reduction [P]: a rollout's few steps are enough to learn from.
+TRAIN_STEPS = 10  # Denoising reduction [paper]: a rollout's few steps are enough to learn from.
 EVAL_STEPS = 40  # An evaluation has as many as one would use the model with.
 RANK = int(os.environ.get("RANK", 0))  # torchrun tells each process its number,
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are.
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of several GPUs, the process's own
 bar = partial(tqdm, leave=False, disable=RANK > 0 or None)  # in process 0, on a terminal
 
 
 # ---- Settings.
 @dataclass
 class Config:
-    """The settings. The defaults are the recipe published for SD3.5 Medium [P, C]."""
+    """The settings. The defaults are the recipe published for SD3.5 Medium [paper, code]."""
 
     prompt_file: str = ""  # Prompts: .txt with one per line, or .jsonl with a record per line.
-    eval_prompt_file: str = ""  # Prompts to evaluate on. Without it, some of these are held out.
+    eval_prompt_file: str = ""  # Prompts to evaluate on. Without it, some prompts are held out.
     output_dir: str = ""  # Folder of the run. Without it, a new one in runs/.
     resume: str = ""  # Folder of a run to go on with.
     model: str = "stabilityai/stable-diffusion-3.5-medium"  # Name on the hub, or folder.
@@ -87,8 +88,8 @@ class Config:
     clip_range: float = 1e-4  # Of the ratio. It is tiny because log-probs are means over elements.
     guidance_scale: float = 4.5  # Classifier-free guidance in training and evaluation; 1 for none.
     noise_level: float = 0.7  # Of the SDE.
-    sde_steps: int = 9  # A window of so many steps in a row has noise and is trained.
-    sde_range: int = 9  # The window lies in the first so many steps, at a place drawn each epoch.
+    sde_steps: int = 9  # A window of this many steps in a row has noise and is trained.
+    sde_range: int = 9  # The window lies within this many first steps, at a place drawn each epoch.
     lora_rank: int = 32  # Of the adapter. Its alpha is twice that.
     ema_interval: int = 8  # Optimiser steps from one move of the adapter's average to the next.
     height: int = 512  # Of the images, in pixels.
@@ -117,7 +118,7 @@ def sde_step(
     x_next: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, ...]:
-    """One denoising step as a Gaussian policy, by Euler-Maruyama on an SDE [P].
+    """One denoising step as a Gaussian policy, by Euler-Maruyama on an SDE [paper].
 
     dx = [v + sigma_t^2 / (2t) (x + (1 - t) v)] dt + sigma_t dw,
     sigma_t = noise_level * sqrt(t / (1 - t)), but for t = 1 see below.
@@ -129,8 +130,8 @@ def sde_step(
         t, t_next: floats, or [B] on x's device, with 0 <= t_next < t <= 1.
         noise_level: `a` in the paper; 0 gives the Euler step of the ODE, which draws no noise.
         x_next: [B, ...], a sample to score. Without it one is drawn, by a generator on any device.
-    Returns, in float32: x_next [B, ...]; log_prob [B], averaged over elements as in [C], or 0 for
-        the ODE, which has no density; mean [B, ...]; std, sigma_t * sqrt(|dt|), broadcastable.
+    Returns, in float32: x_next [B, ...]; log_prob [B], averaged over elements as in [code], or 0
+        for the ODE, which has no density; mean [B, ...]; std, sigma_t * sqrt(|dt|), broadcastable.
     """
     velocity = velocity.float()
     x = x.float()
@@ -138,7 +139,7 @@ def sde_step(
     t = (x.new_zeros(len(x)) + t).float().view(per_image)
     t_next = (x.new_zeros(len(x)) + t_next).float().view(per_image)
     dt = t_next - t
-    # At t = 1, 1 - t would divide by zero: [C] takes 1 - t_next in its place, for sigma alone.
+    # At t = 1, 1 - t would divide by zero: [code] takes 1 - t_next in its place, for sigma alone.
     sigma = noise_level * torch.sqrt(t / (1 - torch.where(t == 1, t_next, t)))
     mean = x + (velocity + sigma**2 / (2 * t) * (x + (1 - t) * velocity)) * dt
     std = sigma * torch.sqrt(-dt)
@@ -165,7 +166,7 @@ def rollout(
     noise_level: float | Sequence[float],
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Denoise by T steps of the policy [P]. With noise level 0, it is the Euler sampler of the ODE.
+    """Denoise by T steps of the policy [paper]. With noise level 0, it is the ODE's Euler sampler.
 
     Args:
         velocity: called as velocity(x, k) -> [B, ...], the network's output at x and times[k].
@@ -179,7 +180,7 @@ def rollout(
     latents = [x]
     log_probs = []
     for k, level in enumerate(levels):
-        v = velocity(x, k).detach()
+        v = velocity(x, k).detach()  # Under torch.no_grad, it takes less memory.
         x, log_prob, _, _ = sde_step(v, x, times[k], times[k + 1], level, generator=generator)
         latents.append(x)
         log_probs.append(log_prob)
@@ -189,22 +190,22 @@ def rollout(
 def group_advantages(
     rewards: Tensor, global_std: bool = True, eps: float = 1e-4, clip: float = 5
 ) -> Tensor:
-    """Advantages relative to the group [P]: (r - group mean) / (std + eps), clipped to +-clip [C].
+    """Advantages within groups [paper]: (r - group mean) / (std + eps), clipped to +-clip [code].
 
     rewards: [P, G], G images of each of P prompts. Returns [P, G], 0 in a group of equal rewards.
-    global_std: divide by the std of all rewards, as [C] does, or by the group's own, as [P] writes.
+    global_std: divide by the std of all rewards, as in [code], or of the group, as in [paper].
     """
-    r = rewards.double()  # in which the mean of equal rewards is exact
+    r = rewards.double()  # in which the mean of equal float32 rewards is exact
     std = r.std(correction=0) if global_std else r.std(dim=1, correction=0, keepdim=True)
     advantages = (r - r.mean(dim=1, keepdim=True)) / (std + eps)
     return advantages.clamp(-clip, clip).to(rewards.dtype)
 
 
 def gaussian_kl(mean: Tensor, ref_mean: Tensor, std: Tensor) -> Tensor:
-    """KL between N(mean, std^2) and N(ref_mean, std^2) [P], averaged over the elements as in [C].
+    """KL of N(mean, std^2) to N(ref_mean, std^2) [paper], averaged over elements as in [code].
 
-    mean, ref_mean: [B, ...]; std: broadcastable to them. Returns [B], the exact KL per element. The
-    loss takes |dt| times that, for which the published betas are made: see `add_gradient`.
+    mean, ref_mean: [B, ...]; std: broadcastable to them. Returns [B], the exact KL per element.
+    `grpo_loss` takes |dt| times that, for which the published betas are: see `add_gradient`.
     """
     return ((mean - ref_mean) ** 2 / (2 * std**2)).flatten(1).mean(1)
 
@@ -217,7 +218,7 @@ def grpo_loss(
     clip_range: float,
     beta: float,
 ) -> tuple[Tensor, dict]:
-    """The clipped surrogate with a KL penalty [P], for one denoising step of B images.
+    """The clipped surrogate with a KL penalty [paper], for one denoising step of B images.
 
     Tensors are [B]; `old_log_prob` is that of the policy which drew the images. Returns the scalar
     loss and, as means over B, ratio_mean, clipfrac, approx_kl (to that policy), policy_loss and kl.
@@ -244,7 +245,7 @@ def predict_velocity(transformer, x: Tensor, t: float, text, null_text, guidance
     """The velocity [B, C, H, W] at x and time t, with classifier-free guidance, in float32.
 
     text, null_text: B prompts and B empty ones, encoded as embeds [B, L, D] and pooled [B, D'].
-    As in [C], the gradient leaves the unconditional velocity out, which saves a backward pass.
+    As in [code], the gradient leaves the unconditional velocity out, which saves a backward pass.
     """
 
     def predict(embeds, pooled):
@@ -279,9 +280,9 @@ def decode(vae, latents: Tensor) -> Tensor:
 class Reward:
     """What --reward names: a function of images.
 
-    It is called as function(images, prompts, records). The images are float32 [B, 3, H, W] in 0..1,
-    on the run's device; the prompts are B strings; the records are the B dicts of the prompt file.
-    It returns B numbers, or a dict of columns of them. `reward`, or else the first, is trained on.
+    It is called as function(images, prompts, records) under no_grad, with float32 images
+    [B, 3, H, W] in 0..1 on the run's device, B strings, and B dicts of the prompt file. It returns
+    B finite numbers, or a dict of columns of them: `reward`, or else the first, is trained on.
     """
 
     name: str
@@ -294,7 +295,7 @@ class Run:
     """All that a run has, the same in each process. `prepare` makes it, and `log` saves it."""
 
     config: Config
-    pipe: StableDiffusion3Pipeline  # with the LoRA adapter in its frozen transformer
+    pipe: StableDiffusion3Pipeline  # frozen, but for the LoRA; on a GPU in float16, but for the VAE
     reward: Reward
     train_records: list  # dicts of the prompt file; each has a `prompt`, GenEval's a `tag` (task)
     eval_records: list
@@ -327,7 +328,7 @@ class Samples:
 def batches(run: Run, indices, description):
     """Yields this process's part of the indices, in batches.
 
-    The rollout draws image i in batch n = i // batch_size, which is for process n % PROCESSES.
+    Process n % PROCESSES draws the images i of batch n = i // batch_size, and trains on them.
     """
     size = run.config.batch_size
     own = [i for i in indices if i // size % PROCESSES == RANK]
@@ -343,7 +344,7 @@ def padded(indices, size):
     return (indices * size)[:size]
 
 
-def velocity_along(run: Run, times, texts, prompts) -> Callable:
+def velocity_along(run: Run, times, texts, prompts):
     """The network's velocity(x, k) for these prompts at times[k], as `rollout` calls it."""
 
     def stacked(prompts):
@@ -362,12 +363,12 @@ def collect(run: Run) -> Samples:
     epoch_seed = f"{config.seed} {run.epoch}"
     records = list(run.train_records)
     Random(epoch_seed).shuffle(records)
-    # Each prompt once. If the file has too few, some come again, as groups of their own.
+    # Each epoch draws anew. No prompt comes twice, unless the file has too few: then as new groups.
     chosen = (records * config.prompts_per_epoch)[: config.prompts_per_epoch]
     records = [record for record in chosen for _ in range(config.group_size)]
     times = schedule(run.pipe.scheduler, TRAIN_STEPS)
     # A window of steps has noise and is trained; the others are the ODE's. By default, it is the
-    # first 9. As in [C], the 10th, from t = 0.009, is left out: rounding would dominate its ratio.
+    # first 9. As in [code], the 10th, from t = 0.009, is not: rounding would dominate its ratio.
     first = Random(epoch_seed).randint(0, config.sde_range - config.sde_steps)
     trained = range(first, first + config.sde_steps)
     levels = [config.noise_level if k in trained else 0.0 for k in range(TRAIN_STEPS)]
@@ -399,11 +400,11 @@ def update(run: Run, samples: Samples) -> dict:
     """The epoch's optimiser steps. Returns means of their statistics, and the share kept."""
     config = run.config
     advantages = group_advantages(samples.columns["reward"].view(-1, config.group_size)).flatten()
-    # As in [C], images whose advantage is 0 are dropped, and means are over those that are kept. So
-    # the policy's term is N / kept times as large as in [P], and the KL is of the kept images.
+    # As in [code], images whose advantage is 0 are dropped, and means are over those kept. So the
+    # policy's term is N / kept times as large as in [paper], and the KL is of the kept images.
     kept = advantages.nonzero().flatten().tolist()
     # Shuffled, then sorted by batch, they are dealt to the optimiser steps in turn. So each has an
-    # about equal, random part of each batch, and the processes have about equal work.
+    # about equal, random part of each batch of the rollout, hence of each process's images.
     Random(f"{config.seed} {run.epoch}").shuffle(kept)
     kept.sort(key=lambda i: i // config.batch_size)
     totals = Counter()  # Counter.update adds.
@@ -415,7 +416,7 @@ def update(run: Run, samples: Samples) -> dict:
             totals.update(add_gradient(run, samples, indices, advantages, len(chunk)))
         # In the first optimiser step, the policy is the one that drew the images. A ratio other
         # than 1 there means that the kernels of rollout and update disagree numerically. This is
-        # the largest |ratio - 1| of a batch at a denoising step, as a mean over batches and steps.
+        # the largest |ratio - 1| of a batch, as a mean over batches and denoising steps.
         if step == 0:
             ratio_deviation = float(totals["ratio_deviation"])
         norms.append(optimizer_step(run))
@@ -425,12 +426,12 @@ def update(run: Run, samples: Samples) -> dict:
     return {
         **means,
         "grad_norm": sum(norms) / max(1, len(norms)),
-        "ratio_deviation": sum(gather(ratio_deviation)),  # in place of the mean over all
+        "ratio_deviation": sum(gather(ratio_deviation)),  # the first step's, in place of all
         "trained": len(kept) / len(advantages),
     }
 
 
-def add_gradient(run: Run, samples: Samples, indices, advantages: Tensor, chunk_size):
+def add_gradient(run: Run, samples: Samples, indices, advantages, chunk_size):
     """Add the gradient of a batch's part of the loss, the mean over chunk_size images and S steps.
 
     Returns its part of the means of `grpo_loss`'s statistics, and of the largest |ratio - 1|.
@@ -468,10 +469,9 @@ def add_gradient(run: Run, samples: Samples, indices, advantages: Tensor, chunk_
         log_prob = log_prob[:count]
         kl = torch.zeros_like(log_prob)
         if config.beta > 0:
-            # The factor |dt| is not in [P]. [C] has it, as it leaves |dt| out of the variance, and
-            # the published betas are for it. It gives late steps, with little noise, more weight,
-            # for the images' quality. Without it, the KL is exact (per element), and 25 times
-            # (first step) to 4 times (ninth) as large, so divide beta by about 10.
+            # The factor |dt| is not in [paper]. [code] has it, as it leaves |dt| out of the
+            # variance, and the published betas are for it. Without it, the KL is exact (per
+            # element), and 25 (first step) to 4 times (ninth) as large: divide beta by about 10.
             kl = gaussian_kl(mean, ref_means[k], std)[:count] * (times[k] - times[k + 1])
         old = old_log_probs[:, k]
         loss, stats = grpo_loss(log_prob, old, advantage, kl, config.clip_range, config.beta)
@@ -485,10 +485,10 @@ def optimizer_step(run: Run):
     """Clip the gradient's norm to 1, step, and update the average when due.
 
     Returns the norm before clipping. If it is not finite in float16, the loss scale was too large:
-    the scaler lowers it, and skips the step, which doesn't count. Raises UserError if the scale is
-    1 already, as it always is where the scaler is off.
+    the scaler lowers it and skips the step, which isn't counted in `updates`. Raises UserError if
+    the scale is 1 already, as it always is where the scaler is off.
     """
-    run.scaler.scale(run.parameters[0])  # Without images, a process has no scale yet.
+    run.scaler.scale(run.parameters[0])  # This makes the scale, if a process has had no images.
     sum_gradients(run.parameters)
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, 1.0).item()
@@ -501,7 +501,7 @@ def optimizer_step(run: Run):
     if finite:
         run.updates += 1
         if run.updates % run.config.ema_interval == 0:
-            # As in [C], the decay's warm-up counts optimiser steps.
+            # As in [code], the decay's warm-up counts optimiser steps.
             run.ema.optimization_step = run.updates
             run.ema.step(list(run.parameters))
     return norm
@@ -555,7 +555,7 @@ def train(run: Run, update: Callable = update):
             metrics["seconds_update"] = time.perf_counter() - middle
             del samples  # They are large, and would last through the next rollout.
             run.epoch += 1
-            log(run, metrics)  # Like the other, it saves the run, too.
+            log(run, metrics)  # Each `log` saves the run, too.
 
 
 # ---- Several processes: torchrun starts equal copies of this script, which divide the batches.
@@ -616,6 +616,7 @@ def load_pipeline(model: str) -> StableDiffusion3Pipeline:
     For a GPU, it is in half precision, except for the autoencoder, which could overflow.
     """
     dtype = torch.float16 if DEVICE == "cuda" else torch.float32
+    logging.set_verbosity_error()  # It would warn of each batch in which CLIP cuts a prompt.
     try:
         parts = StableDiffusion3Pipeline.load_config(model)
         # A pipeline may have been saved without T5.
@@ -640,7 +641,7 @@ def prepare(config: Config, pipe, reward: Reward, train_records, eval_records) -
         r=config.lora_rank,
         lora_alpha=2 * config.lora_rank,
         init_lora_weights="gaussian",
-        # As in [C], the second attention of some of SD3.5's blocks, `attn2`, has no adapter.
+        # As in [code], the second attention of some of SD3.5's blocks, `attn2`, has no adapter.
         target_modules=r".*\.attn\.(to_(q|k|v|out\.0|add_out)|add_(q|k|v)_proj)",
     )
     transformer.add_adapter(lora)  # It freezes all else.
@@ -698,7 +699,7 @@ def encode(run: Run, records):
             batch, None, None, DEVICE, 1, False, max_sequence_length=run.config.max_sequence_length
         )
         texts |= zip(batch, zip(embeds.cpu(), pooled.cpu()))
-    # T5 has 10 GB, and takes 7 s to the GPU and back. It stays there if there is room enough.
+    # T5 has 11 GB, and would take some 7 s to the GPU and back. On a large card, it stays there.
     if DEVICE == "cuda" and torch.cuda.mem_get_info()[1] < 45e9:
         encoders.to("cpu")
     return texts
@@ -751,7 +752,7 @@ def averages(columns, records, prefix=""):
 
 
 # ---- Prompts.
-def read_prompts(path: str, reward: Reward):
+def read_prompts(path, reward):
     """A prompt file's records. Raises UserError with file and line of what can't be used."""
     if not path:
         raise UserError("there are no prompts: give a file, as in --prompt-file prompts.txt")
@@ -776,7 +777,7 @@ def read_prompts(path: str, reward: Reward):
     return records
 
 
-def split_prompts(config: Config, reward: Reward):
+def split_prompts(config, reward):
     """Training and evaluation records.
 
     Without an evaluation file, half the prompts (at most 256) are held out, the same for all seeds.
@@ -825,14 +826,11 @@ def save(run: Run):
     transformer = run.pipe.transformer
     names = [name for name, p in transformer.named_parameters() if p.requires_grad]
     layers = get_peft_model_state_dict(transformer, dict(zip(names, run.ema.shadow_params)))
-    metadata = transformer.peft_config["default"].to_dict()
+    for name in layers:
+        if "lora_B" in name:  # It takes in the scale alpha / rank, which many programs leave out.
+            layers[name] = 2 * layers[name]
     weights = out / "pytorch_lora_weights.safetensors"
-    atomic(
-        weights,
-        lambda path: run.pipe.save_lora_weights(
-            out, layers, weight_name=path.name, transformer_lora_adapter_metadata=metadata
-        ),
-    )
+    atomic(weights, lambda path: run.pipe.save_lora_weights(out, layers, weight_name=path.name))
     with suppress(OSError):  # Else only the owner might read it. Some file systems refuse.
         shutil.copymode(out / "checkpoint.pt", weights)
 
@@ -855,7 +853,7 @@ def tensorboard(out: Path):
     return SummaryWriter(out / "tensorboard", flush_secs=1)
 
 
-def log(run: Run, metrics, images: Tensor | None = None):
+def log(run: Run, metrics, images=None):
     """Add metrics to the run's, save it, and print them. With images, draw these and the curve."""
     run.metrics.append({"epoch": run.epoch, **metrics})
     if RANK > 0:
@@ -883,7 +881,7 @@ def log(run: Run, metrics, images: Tensor | None = None):
 # ---- Command line.
 DIVERGED = "training diverged, so start a new run with a lower --learning-rate"
 OUT_OF_MEMORY = "out of memory: give --gradient-checkpointing or a lower --batch-size"
-LEFT_ALONE = "another process of this run has ended"
+LEFT_ALONE = "another process of this run has ended, or can't be reached"
 
 
 class UserError(Exception):
@@ -989,7 +987,7 @@ def main(argv=None):
         gather(None)  # A process that left now would abort one that is still waiting for it.
         return 0
     except KeyboardInterrupt:
-        error = "interrupted"
+        error = "interrupted by a signal"
         code = 130
     except UserError as e:
         error = str(e)

@@ -6,6 +6,7 @@ Those marked `needs_gpu` need a GPU. From the others, it is hidden.
 import gc
 import inspect
 import json
+import logging
 import math
 import os
 import re
@@ -744,6 +745,20 @@ def test_the_stock_pipeline_draws_an_evaluations_images_with_the_saved_weights(e
     assert not torch.allclose(images, evaluated.base, atol=1e-2)
 
 
+def test_the_saved_weights_need_no_scale(model, work):
+    run = small_run(model)
+    flow_grpo.save(run)
+    saved = load_file("out/pytorch_lora_weights.safetensors")
+    names = [n for n, p in run.pipe.transformer.named_parameters() if p.requires_grad]
+    averages = dict(zip(names, run.ema.shadow_params))
+    assert len(saved) == len(averages)
+    for name in [name for name in names if "lora_B" in name]:
+        down = averages[name.replace("lora_B", "lora_A")]
+        key = "transformer." + name.replace(".default", "")
+        product = saved[key] @ saved[key.replace("lora_B", "lora_A")]
+        close(product, 2 * averages[name] @ down)  # alpha / rank = 2
+
+
 def test_evaluation_leaves_the_adapter_as_it_was(model, work):
     run = small_run(model)
     for average in run.ema.shadow_params:
@@ -961,6 +976,14 @@ def test_an_epoch_encodes_each_text_once(model, work):
     flow_grpo.update(run, samples)
     encoded = [text for call in run.pipe.encode_prompt.mock_calls for text in call.args[0]]
     assert sorted(encoded) == ["", *sorted(set(prompts_of(samples)))]
+
+
+def test_no_batch_has_a_warning_that_clip_cuts_a_prompt(model, work, monkeypatch, caplog):
+    run = small_run(model)
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    flow_grpo.encode(run, [{"prompt": "a long prompt " * 100}])
+    loggers = {record.name.split(".")[0] for record in caplog.records}
+    assert "diffusers" not in loggers
 
 
 def test_each_of_many_prompts_has_its_own_text(model, work):
@@ -1900,7 +1923,7 @@ def test_interrupted_equals_uninterrupted(whole, model, monkeypatch, capsys, nam
     original = getattr(flow_grpo, replaced)
     monkeypatch.setattr(flow_grpo, replaced, atomic if "." in name else function)
     assert main(arguments(model, "cut", **WINDOW)) == 130
-    assert capsys.readouterr().err.endswith(f"\nerror: interrupted{to_go_on('cut')}\n")
+    assert capsys.readouterr().err.endswith(f"\nerror: interrupted by a signal{to_go_on('cut')}\n")
     monkeypatch.setattr(flow_grpo, replaced, original)
     assert main(["--resume=cut"]) == 0
     assert same_run("cut", whole)
@@ -1909,6 +1932,7 @@ def test_interrupted_equals_uninterrupted(whole, model, monkeypatch, capsys, nam
 # A process of its own, or one of several, that runs as here.
 WORKER = """
 import json
+import logging
 import sys
 
 import test_flow_grpo
@@ -1993,7 +2017,7 @@ def test_a_signal_ends_a_run_with_one_sentence(model, work, number):
     process.send_signal(number)
     _, stderr = process.communicate()
     assert process.returncode == 130
-    assert stderr.endswith(f"\nerror: interrupted{to_go_on('cut')}\n")
+    assert stderr.endswith(f"\nerror: interrupted by a signal{to_go_on('cut')}\n")
     assert "Traceback" not in stderr
 
 
@@ -2001,7 +2025,7 @@ def test_ctrl_c_while_processes_join_ends_with_one_sentence(work, capsys, monkey
     monkeypatch.setattr(flow_grpo, "PROCESSES", 2)
     monkeypatch.setattr(flow_grpo, "join_processes", Mock(side_effect=KeyboardInterrupt))
     assert main([]) == 130
-    assert capsys.readouterr().err == "error: interrupted\n"
+    assert capsys.readouterr().err == "error: interrupted by a signal\n"
 
 
 def test_ctrl_c_while_the_packages_load_ends_without_a_traceback():

@@ -17,6 +17,7 @@ wheel, so that nothing is downloaded.
 """
 
 import functools
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 
@@ -62,6 +63,17 @@ def ocr_engine(height: int, width: int) -> RapidOCR:
     return RapidOCR(params=params)
 
 
+def threads() -> int:
+    """How many images are read at once.
+
+    That is torch's number of threads. But torchrun sets it to 1, so there it is the number of cores
+    for each of its processes.
+    """
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"]))
+    return torch.get_num_threads()
+
+
 def without_spaces(text: str) -> str:
     return "".join(text.split())
 
@@ -73,7 +85,7 @@ def read(images: Tensor) -> list[str]:
     arrays = pixels.cpu().numpy()
     height, width = arrays.shape[1:3]
     engine = ocr_engine(height, width)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # onnxruntime releases the GIL.
+    with ThreadPoolExecutor(threads()) as pool:  # onnxruntime releases the GIL.
         results = list(pool.map(engine, arrays))
     return [without_spaces("".join(result.txts or ())) for result in results]
 

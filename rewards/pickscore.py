@@ -40,8 +40,7 @@ def reward(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
     model, processor = pickscore_model()
     inputs = processor(
         text=list(prompts),
-        images=list(images),
-        do_rescale=False,  # The images are in 0..1 already.
+        images=list((images * 255).round().byte()),
         padding="max_length",
         truncation=True,
         max_length=77,
