@@ -82,14 +82,14 @@ class Config:
     prompts_per_epoch: int = 48  # Prompts in an epoch.
     group_size: int = 24  # Images for each prompt, which are compared with each other.
     updates_per_epoch: int = 2  # Optimiser steps in an epoch. All but the first are off-policy.
-    batch_size: int = 4  # Images in one pass. Fewer need less memory. The noise depends on it.
+    batch_size: int = 4  # Images in one pass. Fewer need less memory, and have other noise.
     learning_rate: float = 3e-4  # Of AdamW.
     beta: float = 0.04  # Weight of the KL penalty, which holds the model near the base model.
     clip_range: float = 1e-4  # Of the ratio. It is tiny because log-probs are means over elements.
     guidance_scale: float = 4.5  # Classifier-free guidance in training and evaluation; 1 for none.
     noise_level: float = 0.7  # Of the SDE.
-    sde_steps: int = 9  # A window of this many steps in a row has noise and is trained.
-    sde_range: int = 9  # The window lies within this many first steps, at a place drawn each epoch.
+    sde_steps: int = 9  # The window: steps in a row with noise, which are trained. Fewer save time.
+    sde_range: int = 9  # The window lies in the first so many steps, at a place drawn each epoch.
     lora_rank: int = 32  # Of the adapter. Its alpha is twice that.
     ema_interval: int = 8  # Optimiser steps from one move of the adapter's average to the next.
     height: int = 512  # Of the images, in pixels.
@@ -101,14 +101,14 @@ class Config:
     seed: int = 0  # Of the adapter, the prompts' order, the window's place, noise and shuffling.
 
 
-TINY = Config(  # For tiny-sd3, which learns within minutes on two cores of a CPU.
+TINY = Config(  # For tiny-sd3, the default without a GPU. It learns in minutes on two cores.
     model=str(HERE / "tiny-sd3"), epochs=60, prompts_per_epoch=12, group_size=16, batch_size=96,
     learning_rate=3e-3, beta=0.4, guidance_scale=1.0, noise_level=1.0, sde_steps=7, sde_range=7,
     lora_rank=16, ema_interval=4, height=32, width=64, max_sequence_length=1, eval_every=60,
 )  # fmt: skip
 
 
-# ---- The method. These five functions need torch alone, besides Python: copy them as they stand.
+# ---- The method. These five functions need torch and Python alone: copy them with their imports.
 def sde_step(
     velocity: Tensor,
     x: Tensor,
@@ -180,7 +180,7 @@ def rollout(
     latents = [x]
     log_probs = []
     for k, level in enumerate(levels):
-        v = velocity(x, k).detach()  # Under torch.no_grad, it takes less memory.
+        v = velocity(x, k).detach()  # Call rollout under no_grad to save memory.
         x, log_prob, _, _ = sde_step(v, x, times[k], times[k + 1], level, generator=generator)
         latents.append(x)
         log_probs.append(log_prob)
@@ -205,7 +205,7 @@ def gaussian_kl(mean: Tensor, ref_mean: Tensor, std: Tensor) -> Tensor:
     """KL of N(mean, std^2) to N(ref_mean, std^2) [paper], averaged over elements as in [code].
 
     mean, ref_mean: [B, ...]; std: broadcastable to them. Returns [B], the exact KL per element.
-    `grpo_loss` takes |dt| times that, for which the published betas are: see `add_gradient`.
+    For `grpo_loss`, multiply it by |dt|, as the published betas need that: see `add_gradient`.
     """
     return ((mean - ref_mean) ** 2 / (2 * std**2)).flatten(1).mean(1)
 
@@ -295,13 +295,13 @@ class Run:
     """All that a run has, the same in each process. `prepare` makes it, and `log` saves it."""
 
     config: Config
-    pipe: StableDiffusion3Pipeline  # frozen, but for the LoRA; on a GPU in float16, but for the VAE
+    pipe: StableDiffusion3Pipeline  # frozen but for its LoRA; float16 on a GPU but for VAE and LoRA
     reward: Reward
     train_records: list  # dicts of the prompt file; each has a `prompt`, GenEval's a `tag` (task)
     eval_records: list
     latent_shape: tuple  # C, H, W
     parameters: torch.nn.ParameterList  # the adapter, in float32, which draws the rollouts
-    ema: EMAModel  # its moving average (decay 0.9), which draws evaluations, and is what one uses
+    ema: EMAModel  # its moving average (decay up to 0.9), which draws evaluations and is the result
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # off, unless the network is in float16, as on a GPU
     epoch: int = 0  # how many epochs are done,
@@ -339,7 +339,7 @@ def batches(run: Run, indices, description):
 def padded(indices, size):
     """A batch filled up with repeats, which don't count.
 
-    A GPU's last bits depend on the batch size. With one size, the first update's ratios are 1.
+    A GPU's last bits depend on the batch size. With one, the first optimiser step's ratios are 1.
     """
     return (indices * size)[:size]
 
@@ -469,9 +469,9 @@ def add_gradient(run: Run, samples: Samples, indices, advantages, chunk_size):
         log_prob = log_prob[:count]
         kl = torch.zeros_like(log_prob)
         if config.beta > 0:
-            # The factor |dt| is not in [paper]. [code] has it, as it leaves |dt| out of the
-            # variance, and the published betas are for it. Without it, the KL is exact (per
-            # element), and 25 (first step) to 4 times (ninth) as large: divide beta by about 10.
+            # The factor |dt| is not in [paper]. [code] leaves |dt| out of the variance, which is
+            # the same, and the published betas are for that. The exact KL (per element) is 25
+            # times (first step) to 4 times (ninth) as large: with it, divide beta by about 10.
             kl = gaussian_kl(mean, ref_means[k], std)[:count] * (times[k] - times[k + 1])
         old = old_log_probs[:, k]
         loss, stats = grpo_loss(log_prob, old, advantage, kl, config.clip_range, config.beta)
@@ -555,7 +555,7 @@ def train(run: Run, update: Callable = update):
             metrics["seconds_update"] = time.perf_counter() - middle
             del samples  # They are large, and would last through the next rollout.
             run.epoch += 1
-            log(run, metrics)  # Each `log` saves the run, too.
+            log(run, metrics)  # Each `log` saves checkpoint and LoRA.
 
 
 # ---- Several processes: torchrun starts equal copies of this script, which divide the batches.
