@@ -683,7 +683,7 @@ def prepare(config: Config, pipe, reward: Reward, train_records, eval_records) -
 
 
 @torch.no_grad()
-def encode(run: Run, records):
+def encode(run, records):
     """Encode each different prompt, and the empty one, once.
 
     Returns prompt -> (embeds [L, D], pooled [D']) on the CPU.
@@ -739,8 +739,10 @@ def score_images(reward: Reward, images: Tensor, records: list) -> dict:
                     raise ValueError(f"{name} is {value} for '{prompt}'")
         return {"reward": next(iter(columns.values())), **columns}
     except (Exception, SystemExit) as e:
-        error = f"the reward {reward.name} failed at '{prompts[0]}': {why(e)}"
-        raise UserError(f"{error}; a reward gives one finite number for each image") from e
+        raise UserError(
+            f"the reward {reward.name} failed at '{prompts[0]}': {why(e)}; "
+            "a reward gives one finite number for each image"
+        ) from e
 
 
 def averages(columns, records, prefix=""):
@@ -801,17 +803,17 @@ MAY_CHANGE = """resume model epochs eval_every batch_size compile
 def atomic(path: Path, write: Callable):
     """Write under another name, then rename. So `path` is the old file or the new one."""
     temporary = path.with_name(f".{path.name}.new")  # load_lora_weights must not take it
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
     except Exception as e:  # torch and safetensors raise others than OSError.
-        raise UserError(f"can't write {path}, perhaps as the disk is full: {why(e)}") from e
+        raise UserError(f"can't write {path}: {why(e)}; check the disk, and --output-dir") from e
     with open(temporary, "rb+") as f:
         os.fsync(f.fileno())
     os.replace(temporary, path)
 
 
-def save(run: Run):
+def save(run):
     """Write the checkpoint, files to read, and the averaged adapter for diffusers."""
     out = Path(run.config.output_dir)
     state = {name: getattr(run, name) for name in PLAIN}
@@ -835,7 +837,7 @@ def save(run: Run):
         shutil.copymode(out / "checkpoint.pt", weights)
 
 
-def restore(run: Run, state):
+def restore(run, state):
     """Put a checkpoint's state into the run. Raises UserError if it is of another model."""
     for name in PLAIN:
         setattr(run, name, state[name])
@@ -849,11 +851,11 @@ def restore(run: Run, state):
 
 
 @cache
-def tensorboard(out: Path):
+def tensorboard(out):
     return SummaryWriter(out / "tensorboard", flush_secs=1)
 
 
-def log(run: Run, metrics, images=None):
+def log(run, metrics, images=None):
     """Add metrics to the run's, save it, and print them. With images, draw these and the curve."""
     run.metrics.append({"epoch": run.epoch, **metrics})
     if RANK > 0:
@@ -891,13 +893,13 @@ class UserError(Exception):
 def why(e):
     """What went wrong. The libraries bury what the hub said in a chain of exceptions."""
     summary = f"{type(e).__name__} ({' '.join(str(e).split())[:300]})"
-    chain = ""
+    chain = summary
     while e is not None:
         chain += f" {type(e).__mro__}"
         e = e.__cause__ or e.__context__
     if "GatedRepo" in chain:
         return "it is gated: accept its licence on huggingface.co, and run `hf auth login`"
-    if re.search("LocalEntryNotFound|ConnectError|requests.*Connection|Offline|Timeout", chain):
+    if re.search("LocalEntry|ConnectError|requests.*Conn|Offline|Timeout|connect to", chain):
         return "what it needs is out of reach: check name and network"
     # cuDNN finds no engine when memory is short.
     if re.search("of memory|te memory|MemoryError|ALLOC_FAILED|unable to find an engine", summary):
@@ -926,7 +928,7 @@ def configure(argv):
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
             saved = Config(**state["config"] | {"output_dir": folder})
         except Exception as e:  # torch raises many kinds.
-            hint = "check the path, or put back a copy"
+            hint = "give the folder of a run, or put back a copy"
             raise UserError(f"{checkpoint} can't be resumed: {why(e)}; {hint}") from e
         config = parse(default=saved)
         for name, value in vars(config).items():
@@ -941,6 +943,7 @@ def configure(argv):
         config = parse(default=TINY if Path(config.model).name == "tiny-sd3" else Config())
     config.output_dir = folder
     least = {"group_size": 2, "guidance_scale": 1, "beta": 0, "seed": 0}
+    least["epochs"] = state["epoch"] if state else 1
     most = {"sde_steps": config.sde_range, "sde_range": TRAIN_STEPS, "max_sequence_length": 512}
     for name, value in vars(config).items():
         low = least.get(name, 1 if isinstance(value, int) else 1e-12)
@@ -979,10 +982,10 @@ def main(argv=None):
     code = 2
     try:
         run = start(argv)
-        hint = f"; to go on: python flow_grpo.py --resume {run.config.output_dir}"
+        hint = f"; to go on: python flow_grpo.py --resume {run.config.output_dir!r}"
         train(run)
         rewards = [line["eval_reward"] for line in run.metrics if "eval_reward" in line]
-        print(f"The reward on held-out prompts was {rewards[0]:.3f}, and is {rewards[-1]:.3f}.")
+        print(f"The reward on evaluation prompts was {rewards[0]:.3f}, and is {rewards[-1]:.3f}.")
         print(f"Weights and images are in {run.config.output_dir}")
         gather(None)  # A process that left now would abort one that is still waiting for it.
         return 0

@@ -2056,6 +2056,12 @@ def test_a_run_can_be_prolonged(whole, model, capsys):
     assert same_run("out", whole)
 
 
+def test_a_run_can_not_be_shortened(resumable, capsys):
+    before = snapshot("out")
+    assert "--epochs is 1: give 3 to" in error_of(["--resume=out", "--epochs=1"], capsys)
+    assert snapshot("out") == before
+
+
 def test_a_run_that_was_moved_goes_on_where_it_is(resumable, whole):
     before = snapshot(whole)
     assert main(["--resume=out", "--epochs=4"]) == 0
@@ -2160,7 +2166,7 @@ def test_a_new_run_does_not_overwrite_another(resumable, model, capsys):
 
 # ---- Bad input.
 def to_go_on(folder):
-    return f"; to go on: python flow_grpo.py --resume {folder}"
+    return f"; to go on: python flow_grpo.py --resume '{folder}'"
 
 
 def only_error(stderr):
@@ -2297,10 +2303,16 @@ def test_a_full_disk_is_said_and_loses_nothing(resumable, capsys, monkeypatch, e
     before = snapshot("out")
     monkeypatch.setattr(torch, "save", Mock(side_effect=error))
     sentence = error_of(["--resume=out"], capsys)
-    assert re.search(
-        f"can't write out/checkpoint.pt, perhaps as the disk is full: .*{error}", sentence
-    )
+    assert re.search(f"can't write out/checkpoint.pt: .*{error}.*; check the disk", sentence)
     assert snapshot("out") == before
+
+
+@pytest.mark.parametrize("folder", ["a_file", "a_file/out"])
+def test_a_folder_that_can_not_be_written_is_said(model, work, capsys, folder):
+    Path("a_file").write_text("text")
+    error = error_of(arguments(model, folder), capsys)
+    assert re.search(f"can't write {folder}/checkpoint.pt: .*; check .* --output-dir", error)
+    assert Path("a_file").read_text() == "text"
 
 
 OUT_OF_MEMORY = [
@@ -2347,6 +2359,10 @@ def test_what_the_libraries_say_of_a_network_is_out_of_reach(name):
     error = OSError("can't load")
     error.__cause__ = type(name, (Exception,), {})()
     assert "out of reach" in flow_grpo.why(error)
+
+
+def test_a_model_that_the_libraries_could_not_connect_to_is_out_of_reach():
+    assert "out of reach" in flow_grpo.why(OSError("We couldn't connect to 'https://hub'"))
 
 
 def test_a_gated_model_needs_a_licence_and_a_login(work, capsys, monkeypatch):
@@ -2537,7 +2553,7 @@ def test_the_file_alone_trains_with_a_sum_of_rewards_of_ones_own(alone):
     process = start("-E", "flow_grpo.py", *flags.split(), HERE / "tiny-sd3")
     stdout, stderr = process.communicate()
     assert process.returncode == 0, stderr
-    assert "The reward on held-out prompts was " in stdout
+    assert "The reward on evaluation prompts was " in stdout
     assert Path("out/pytorch_lora_weights.safetensors").exists()
 
 
