@@ -37,6 +37,7 @@ import transformers
 from accelerate.state import PartialState
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from diffusers import StableDiffusion3Pipeline as StockPipeline
+from filelock import FileLock
 from huggingface_hub.errors import GatedRepoError
 from PIL import Image
 from safetensors.torch import load_file
@@ -2601,35 +2602,50 @@ def late(work):
     Path("late.py").write_text(REWARDS + LATE)
 
 
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    """A folder that all of pytest's workers have."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@contextmanager
+def made_once(folder):
+    """Whether this worker is to make the folder. The others wait until it is made."""
+    with FileLock(f"{folder}.lock"):
+        yield not folder.exists()
+
+
 @pytest.fixture
-def teams(model, late, monkeypatch):
+def teams(model, shared, late, monkeypatch):
     """A folder of runs on one process and on two, with what these saw, and what was printed.
 
     begun: an epoch on one process; one, two: one more on one process, and on two;
     lone, idle: an epoch of batches as large as it is, on one process, and on two;
     nan: on two processes, of which one fails.
     """
-    folder = model.with_name("teams")
-    if not folder.exists():
-        shutil.copytree(".", folder)
-        monkeypatch.chdir(folder)
-        assert main(arguments(model, "begun", epochs=1)) == 0
-        shutil.copytree("begun", "one")
-        shutil.copytree("begun", "two")
-        assert watched_run("one", ["--resume=one", "--epochs=2"]) == 0
-        large = {"epochs": 1, "batch_size": 8}
-        assert watched_run("lone", arguments(model, "lone", **large)) == 0
-        runs = {
-            "two": ["--resume=two", "--epochs=2"],
-            "idle": arguments(model, "idle", **large),
-            "nan": arguments(model, "nan", reward="late.py:late_nan"),
-        }
-        Path("worker.py").write_text(WORKER)
-        process = start_two("worker.py", json.dumps(runs))
-        stdout, stderr = process.communicate()
-        assert process.returncode != 0
-        Path("stdout").write_text(stdout)
-        Path("stderr").write_text(stderr)
+    folder = shared / "teams"
+    with made_once(folder) as missing:
+        if missing:
+            shutil.copytree(".", folder)
+            monkeypatch.chdir(folder)
+            assert main(arguments(model, "begun", epochs=1)) == 0
+            shutil.copytree("begun", "one")
+            shutil.copytree("begun", "two")
+            assert watched_run("one", ["--resume=one", "--epochs=2"]) == 0
+            large = {"epochs": 1, "batch_size": 8}
+            assert watched_run("lone", arguments(model, "lone", **large)) == 0
+            runs = {
+                "two": ["--resume=two", "--epochs=2"],
+                "idle": arguments(model, "idle", **large),
+                "nan": arguments(model, "nan", reward="late.py:late_nan"),
+            }
+            Path("worker.py").write_text(WORKER)
+            process = start_two("worker.py", json.dumps(runs))
+            stdout, stderr = process.communicate()
+            assert process.returncode != 0
+            Path("stdout").write_text(stdout)
+            Path("stderr").write_text(stderr)
     monkeypatch.chdir(folder)
     return folder
 
@@ -3303,16 +3319,19 @@ def test_the_readmes_rewards_work(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def quick_start(tmp_path_factory):
+def quick_start(shared):
     """A copy of the repository in which the README's first command was run, shortened."""
-    folder = tmp_path_factory.mktemp("clone")
-    for name in ("flow_grpo.py", "prompts.txt", "rewards", "tiny-sd3"):
-        copy = shutil.copytree if (HERE / name).is_dir() else shutil.copy
-        copy(HERE / name, folder / name)
-    (folder / "eval.txt").write_text('a sign that says "407"')
-    short = "--epochs 1 --prompts-per-epoch 2 --group-size 2 --eval-prompt-file eval.txt"
-    (command,) = re.findall("^python (flow_grpo.py .*tiny-sd3.*)$", README, re.MULTILINE)
-    run_python(folder, f"{command} {short}")
+    folder = shared / "clone"
+    with made_once(folder) as missing:
+        if missing:
+            folder.mkdir()
+            for name in ("flow_grpo.py", "prompts.txt", "rewards", "tiny-sd3"):
+                copy = shutil.copytree if (HERE / name).is_dir() else shutil.copy
+                copy(HERE / name, folder / name)
+            (folder / "eval.txt").write_text('a sign that says "407"')
+            short = "--epochs 1 --prompts-per-epoch 2 --group-size 2 --eval-prompt-file eval.txt"
+            (command,) = re.findall("^python (flow_grpo.py .*tiny-sd3.*)$", README, re.MULTILINE)
+            run_python(folder, f"{command} {short}")
     return folder
 
 
