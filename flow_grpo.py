@@ -610,7 +610,10 @@ def sum_gradients(parameters):
 
 
 # ---- The model: a diffusers pipeline whose transformer carries a LoRA adapter.
-def load_pipeline(model: str) -> StableDiffusion3Pipeline:
+LORA_SCALE = 2  # alpha / rank [code]
+
+
+def load_pipeline(model) -> StableDiffusion3Pipeline:
     """The pipeline, still on the CPU. Raises UserError if there is none.
 
     For a GPU, it is in half precision, except for the autoencoder, which could overflow.
@@ -639,7 +642,7 @@ def prepare(config: Config, pipe, reward: Reward, train_records, eval_records) -
     torch.manual_seed(config.seed)
     lora = LoraConfig(
         r=config.lora_rank,
-        lora_alpha=2 * config.lora_rank,
+        lora_alpha=LORA_SCALE * config.lora_rank,
         init_lora_weights="gaussian",
         # As in [code], the second attention of some of SD3.5's blocks, `attn2`, has no adapter.
         target_modules=r".*\.attn\.(to_(q|k|v|out\.0|add_out)|add_(q|k|v)_proj)",
@@ -706,7 +709,7 @@ def encode(run, records):
 
 
 # ---- Rewards.
-def load_reward(source: str) -> Reward:
+def load_reward(source) -> Reward:
     """What --reward names. NAME is short for rewards/NAME.py:reward. Raises UserError.
 
     If the file has a function `check`, that is called with each record of the prompt file.
@@ -829,8 +832,8 @@ def save(run):
     names = [name for name, p in transformer.named_parameters() if p.requires_grad]
     layers = get_peft_model_state_dict(transformer, dict(zip(names, run.ema.shadow_params)))
     for name in layers:
-        if "lora_B" in name:  # It takes in the scale alpha / rank, which many programs leave out.
-            layers[name] = 2 * layers[name]
+        if "lora_B" in name:  # It takes in the scale, which many programs leave out.
+            layers[name] = LORA_SCALE * layers[name]
     weights = out / "pytorch_lora_weights.safetensors"
     atomic(weights, lambda path: run.pipe.save_lora_weights(out, layers, weight_name=path.name))
     with suppress(OSError):  # Else only the owner might read it. Some file systems refuse.

@@ -358,7 +358,7 @@ def per_image(values):
 
 
 def policy(velocity, x, t, t_next, noise_level):
-    """The paper's Gaussian. At t = 1, sigma has 1 - t_next in place of 1 - t, as in [C]."""
+    """The paper's Gaussian. At t = 1, sigma has 1 - t_next in place of 1 - t, as in [code]."""
     v = velocity.double()
     x = x.double()
     remaining = 1 - t_next if t == 1 else 1 - t
@@ -1038,7 +1038,7 @@ def joined(tensors):
 
 
 def scored(run, samples, images):
-    """Log-probs [n, S] of images, and the KL to the base model [n, S] with the factor of [C]."""
+    """Log-probs [n, S] of images, and the KL to the base model [n, S] with the factor of [code]."""
     level = run.config.noise_level
     prompts = [samples.records[i]["prompt"] for i in images]
     log_probs = []
@@ -1933,7 +1933,6 @@ def test_interrupted_equals_uninterrupted(whole, model, monkeypatch, capsys, nam
 # A process of its own, or one of several, that runs as here.
 WORKER = """
 import json
-import logging
 import sys
 
 import test_flow_grpo
@@ -2609,11 +2608,34 @@ def shared(tmp_path_factory):
     return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
-@contextmanager
-def made_once(folder):
-    """Whether this worker is to make the folder. The others wait until it is made."""
+def made_once(folder, make, *given):
+    """The folder, which the first of pytest's workers makes. The others wait for it."""
     with FileLock(f"{folder}.lock"):
-        yield not folder.exists()
+        if not folder.exists():
+            make(folder, *given)
+    return folder
+
+
+def make_teams(folder, model, monkeypatch):
+    shutil.copytree(".", folder)
+    monkeypatch.chdir(folder)
+    assert main(arguments(model, "begun", epochs=1)) == 0
+    shutil.copytree("begun", "one")
+    shutil.copytree("begun", "two")
+    assert watched_run("one", ["--resume=one", "--epochs=2"]) == 0
+    large = {"epochs": 1, "batch_size": 8}
+    assert watched_run("lone", arguments(model, "lone", **large)) == 0
+    runs = {
+        "two": ["--resume=two", "--epochs=2"],
+        "idle": arguments(model, "idle", **large),
+        "nan": arguments(model, "nan", reward="late.py:late_nan"),
+    }
+    Path("worker.py").write_text(WORKER)
+    process = start_two("worker.py", json.dumps(runs))
+    stdout, stderr = process.communicate()
+    assert process.returncode != 0
+    Path("stdout").write_text(stdout)
+    Path("stderr").write_text(stderr)
 
 
 @pytest.fixture
@@ -2624,28 +2646,7 @@ def teams(model, shared, late, monkeypatch):
     lone, idle: an epoch of batches as large as it is, on one process, and on two;
     nan: on two processes, of which one fails.
     """
-    folder = shared / "teams"
-    with made_once(folder) as missing:
-        if missing:
-            shutil.copytree(".", folder)
-            monkeypatch.chdir(folder)
-            assert main(arguments(model, "begun", epochs=1)) == 0
-            shutil.copytree("begun", "one")
-            shutil.copytree("begun", "two")
-            assert watched_run("one", ["--resume=one", "--epochs=2"]) == 0
-            large = {"epochs": 1, "batch_size": 8}
-            assert watched_run("lone", arguments(model, "lone", **large)) == 0
-            runs = {
-                "two": ["--resume=two", "--epochs=2"],
-                "idle": arguments(model, "idle", **large),
-                "nan": arguments(model, "nan", reward="late.py:late_nan"),
-            }
-            Path("worker.py").write_text(WORKER)
-            process = start_two("worker.py", json.dumps(runs))
-            stdout, stderr = process.communicate()
-            assert process.returncode != 0
-            Path("stdout").write_text(stdout)
-            Path("stderr").write_text(stderr)
+    folder = made_once(shared / "teams", make_teams, model, monkeypatch)
     monkeypatch.chdir(folder)
     return folder
 
@@ -3318,21 +3319,21 @@ def test_the_readmes_rewards_work(tmp_path, monkeypatch):
         redness.check({"prompt": "a" * 201})
 
 
+def make_quick_start(folder):
+    folder.mkdir()
+    for name in ("flow_grpo.py", "prompts.txt", "rewards", "tiny-sd3"):
+        copy = shutil.copytree if (HERE / name).is_dir() else shutil.copy
+        copy(HERE / name, folder / name)
+    (folder / "eval.txt").write_text('a sign that says "407"')
+    short = "--epochs 1 --prompts-per-epoch 2 --group-size 2 --eval-prompt-file eval.txt"
+    (command,) = re.findall("^python (flow_grpo.py .*tiny-sd3.*)$", README, re.MULTILINE)
+    run_python(folder, f"{command} {short}")
+
+
 @pytest.fixture(scope="session")
 def quick_start(shared):
     """A copy of the repository in which the README's first command was run, shortened."""
-    folder = shared / "clone"
-    with made_once(folder) as missing:
-        if missing:
-            folder.mkdir()
-            for name in ("flow_grpo.py", "prompts.txt", "rewards", "tiny-sd3"):
-                copy = shutil.copytree if (HERE / name).is_dir() else shutil.copy
-                copy(HERE / name, folder / name)
-            (folder / "eval.txt").write_text('a sign that says "407"')
-            short = "--epochs 1 --prompts-per-epoch 2 --group-size 2 --eval-prompt-file eval.txt"
-            (command,) = re.findall("^python (flow_grpo.py .*tiny-sd3.*)$", README, re.MULTILINE)
-            run_python(folder, f"{command} {short}")
-    return folder
+    return made_once(shared / "clone", make_quick_start)
 
 
 def run_python(folder, command):
