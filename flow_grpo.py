@@ -15,7 +15,7 @@ the method takes any [B, ...]. Time falls from t = 1, which is noise, to t = 0, 
 with x_t = (1 - t) x_0 + t x_1, and velocity = x_1 - x_0.
 
 An epoch of the published recipe draws 48 prompts x 24 images = 1,152 images in 10 steps each,
-scores them, and trains on the first 9 of the steps in 2 optimiser steps of up to 576 images. With
+scores them, and trains on the first 9 of these steps in 2 updates, of up to 576 images each. With
 guidance, a velocity takes two passes of the network, with the prompt and without. So an image takes
 20 passes, and 80 in an evaluation, which has 40 steps. To train on it takes 36 forward (half of
 them the reference's, for the KL) and 9 backward, as only the policy with the prompt has a gradient.
@@ -23,101 +23,121 @@ them the reference's, for the KL) and 9 backward, as only the policy with the pr
 
 import signal
 
-if __name__ == "__main__":  # Ctrl-C while the packages load (10 s) ends without a traceback.
+if __name__ == "__main__":  # Until `main` is ready to say more, Ctrl-C just ends the process.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import atexit
-import copy
 import json
 import math
 import os
 import re
-import shutil
 import sys
 import time
-import zipfile
-from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import cache, partial
+import traceback
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from random import Random
-from runpy import run_path
 
 import torch
 import torch.distributed as dist
 import tyro
-from diffusers import StableDiffusion3Pipeline
-from diffusers.training_utils import EMAModel, cast_training_params
-from diffusers.utils import logging
-from matplotlib.figure import Figure
-from peft import LoraConfig, get_peft_model_state_dict
+from filelock import FileLock
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from torchvision.utils import save_image
 from tqdm import tqdm
 
+# The other packages take 5 s to load, so each is imported by the function that needs it: --help
+# and most mistakes are answered before.
+
 HERE = Path(__file__).resolve().parent
-TRAIN_STEPS = 10  # Denoising reduction [paper]: a rollout's few steps are enough to learn from.
-EVAL_STEPS = 40  # An evaluation has as many as one would use the model with.
-RANK = int(os.environ.get("RANK", 0))  # torchrun tells each process its number,
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are.
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of several GPUs, the process's own
+ROLLOUT_DENOISING_STEPS = 10  # Denoising reduction [paper]: these are enough to learn from.
+EVAL_DENOISING_STEPS = 40  # Evaluations take as many as users of the model do.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # With several GPUs: `join_processes`.
+# torchrun tells each process how many there are, and its number. Some clusters set RANK for a
+# process that is alone, too.
+PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)
+RANK = int(os.environ.get("RANK") or 0) if PROCESSES > 1 else 0
 bar = partial(tqdm, leave=False, disable=RANK > 0 or None)  # in process 0, on a terminal
+
+
+class UserError(Exception):
+    """What the user can mend. It is shown as one sentence without a traceback; exit code 2."""
+
+
+class Diverged(UserError):
+    """The weights are of no use any more, so the run can't go on."""
+
+
+DIVERGED = "training diverged, so start a new run with a lower --learning-rate"
+
+
+@contextmanager
+def explain(what, next_step):
+    """An error inside becomes a UserError, which says what failed, why, and what to do."""
+    try:
+        yield
+    except (Exception, SystemExit) as e:  # Libraries and rewards raise many kinds.
+        raise UserError(f"{what}: {why(e)}; {next_step}") from e
+
+
+def why(e):
+    """What went wrong, on one line."""
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
 
 
 # ---- Settings.
 @dataclass
 class Config:
-    """The settings. The defaults are the recipe published for SD3.5 Medium [paper, code]."""
+    """The settings of Flow-GRPO.
 
-    prompt_file: str = ""  # Prompts: .txt with one per line, or .jsonl with a record per line.
-    eval_prompt_file: str = ""  # Prompts to evaluate on. Without it, some prompts are held out.
-    output_dir: str = ""  # Folder of the run. Without it, a new one in runs/.
-    resume: str = ""  # Folder of a run to go on with.
-    model: str = "stabilityai/stable-diffusion-3.5-medium"  # Name on the hub, or folder.
+    The defaults are the recipe published for SD3.5 Medium [paper, code]. Without a GPU, --help
+    shows those of tiny-sd3 instead, which learns in minutes.
+    """
+
+    prompt_file: str = ""  # The prompts: a .txt with one per line, or a .jsonl with records.
+    eval_prompt_file: str = ""  # The prompts to evaluate on. Without it, some are held out.
+    output_dir: str = ""  # The folder of the run. Without it, the run gets a new one in runs/.
+    resume: str = ""  # The folder of a run that is to go on.
+    model: str = "stabilityai/stable-diffusion-3.5-medium"  # A name on the hub, or a folder.
     reward: str = "ocr"  # ocr, geneval, pickscore or clipscore of rewards/, or file.py:function.
-    epochs: int = 500  # Rounds of rollout and update.
-    prompts_per_epoch: int = 48  # Prompts in an epoch.
-    group_size: int = 24  # Images for each prompt, which are compared with each other.
+    epochs: int = 500  # How many times images are drawn and trained on.
+    prompts_per_epoch: int = 48  # How many prompts an epoch has.
+    group_size: int = 24  # How many images each prompt gets, to be compared with each other.
     updates_per_epoch: int = 2  # Optimiser steps in an epoch. All but the first are off-policy.
-    batch_size: int = 4  # Images in one pass. Fewer need less memory, and have other noise.
-    learning_rate: float = 3e-4  # Of AdamW.
-    beta: float = 0.04  # Weight of the KL penalty, which holds the model near the base model.
-    clip_range: float = 1e-4  # Of the ratio. It is tiny because log-probs are means over elements.
-    guidance_scale: float = 4.5  # Classifier-free guidance in training and evaluation; 1 for none.
-    noise_level: float = 0.7  # Of the SDE.
-    sde_steps: int = 9  # The window: steps in a row with noise, which are trained. Fewer save time.
-    sde_range: int = 9  # The window lies in the first so many steps, at a place drawn each epoch.
-    lora_rank: int = 32  # Of the adapter. Its alpha is twice that.
+    batch_size: int = 4  # Images in one pass of the network. It decides on memory and noise.
+    learning_rate: float = 3e-4  # The learning rate of AdamW.
+    adam_epsilon: float = 1e-8  # AdamW stalls if grad_norm / sqrt(number of weights) is below.
+    beta: float = 0.04  # The weight of the KL penalty, which holds the model near the base model.
+    clip_range: float = 1e-4  # The ratio is clipped to 1 +- this. See `sde_step` on why it is tiny.
+    guidance_scale: float = 4.5  # Classifier-free guidance in training and evaluation; 1 is none.
+    noise_level: float = 0.7  # How much noise the SDE adds.
+    sde_steps: int = 9  # How many denoising steps in a row have noise and are trained: the window.
+    sde_last_step: int = 9  # The last step, from 1, that the window may have. Its start is random.
+    lora_rank: int = 32  # The rank of the adapter. Its alpha is twice that.
     ema_interval: int = 8  # Optimiser steps from one move of the adapter's average to the next.
-    height: int = 512  # Of the images, in pixels.
-    width: int = 512  # Of the images, in pixels.
+    height: int = 512  # The height of the images in pixels.
+    width: int = 512  # The width of the images in pixels.
     max_sequence_length: int = 128  # T5 tokens of a prompt. A model without T5 takes zeros instead.
-    eval_every: int = 20  # Epochs between two evaluations.
-    gradient_checkpointing: bool = False  # Compute activations twice to save memory.
-    compile: bool = False  # Compile the network's blocks.
-    seed: int = 0  # Of the adapter, the prompts' order, the window's place, noise and shuffling.
+    eval_every: int = 20  # Epochs from one evaluation to the next.
+    gradient_checkpointing: bool = False  # Activations are computed twice, to save memory.
+    compile: bool = False  # The network's blocks are compiled.
+    seed: int = 0  # It decides on the adapter, noise, window, and order of prompts and images.
 
 
-TINY = Config(  # For tiny-sd3, the default without a GPU. It learns in minutes on two cores.
-    model=str(HERE / "tiny-sd3"), epochs=60, prompts_per_epoch=12, group_size=16, batch_size=96,
-    learning_rate=3e-3, beta=0.4, guidance_scale=1.0, noise_level=1.0, sde_steps=7, sde_range=7,
-    lora_rank=16, ema_interval=4, height=32, width=64, max_sequence_length=1, eval_every=60,
-)  # fmt: skip
+def recipe(model):
+    """The settings for a model: those that its folder brings in flow_grpo.json, or the defaults."""
+    path = Path(model, "flow_grpo.json").expanduser()
+    settings = json.loads(path.read_text()) if path.exists() else {}
+    return Config(model=str(model), **settings)
 
 
-# ---- The method. These five functions need torch and Python alone: copy them with their imports.
-def sde_step(
-    velocity: Tensor,
-    x: Tensor,
-    t: float | Tensor,
-    t_next: float | Tensor,
-    noise_level: float,
-    x_next: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> tuple[Tensor, ...]:
+TINY = recipe(HERE / "tiny-sd3")  # with which one trains without a GPU
+
+
+# ---- The method. These five functions need `math` and `torch` alone: copy them as they stand.
+def sde_step(velocity, x, t, t_next, noise_level, x_next=None, generator=None):
     """One denoising step as a Gaussian policy, by Euler-Maruyama on an SDE [paper].
 
     dx = [v + sigma_t^2 / (2t) (x + (1 - t) v)] dt + sigma_t dw,
@@ -159,13 +179,7 @@ def sde_step(
     return x_next, log_prob.flatten(1).mean(1), mean, std
 
 
-def rollout(
-    velocity: Callable,
-    x: Tensor,
-    times: Sequence[float],
-    noise_level: float | Sequence[float],
-    generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
+def rollout(velocity, x, times, noise_level, generator=None):
     """Denoise by T steps of the policy [paper]. With noise level 0, it is the ODE's Euler sampler.
 
     Args:
@@ -175,7 +189,8 @@ def rollout(
         noise_level: one for all steps, or T of them.
     Returns latents [B, T + 1, ...], from the noise to the image, and the steps' log_probs [B, T].
     """
-    levels = noise_level if isinstance(noise_level, Sequence) else [noise_level] * (len(times) - 1)
+    constant = isinstance(noise_level, (int, float))
+    levels = [noise_level] * (len(times) - 1) if constant else noise_level
     x = x.float()
     latents = [x]
     log_probs = []
@@ -187,9 +202,7 @@ def rollout(
     return torch.stack(latents, 1), torch.stack(log_probs, 1)
 
 
-def group_advantages(
-    rewards: Tensor, global_std: bool = True, eps: float = 1e-4, clip: float = 5
-) -> Tensor:
+def group_advantages(rewards, global_std=True, eps=1e-4, clip=5):
     """Advantages within groups [paper]: (r - group mean) / (std + eps), clipped to +-clip [code].
 
     rewards: [P, G], G images of each of P prompts. Returns [P, G], 0 in a group of equal rewards.
@@ -201,23 +214,16 @@ def group_advantages(
     return advantages.clamp(-clip, clip).to(rewards.dtype)
 
 
-def gaussian_kl(mean: Tensor, ref_mean: Tensor, std: Tensor) -> Tensor:
+def gaussian_kl(mean, ref_mean, std):
     """KL of N(mean, std^2) to N(ref_mean, std^2) [paper], averaged over elements as in [code].
 
     mean, ref_mean: [B, ...]; std: broadcastable to them. Returns [B], the exact KL per element.
-    For `grpo_loss`, multiply it by |dt|, as the published betas need that: see `add_gradient`.
+    For `grpo_loss`, multiply it by |dt|, as the published betas need that: see `optimize`.
     """
     return ((mean - ref_mean) ** 2 / (2 * std**2)).flatten(1).mean(1)
 
 
-def grpo_loss(
-    log_prob: Tensor,
-    old_log_prob: Tensor,
-    advantages: Tensor,
-    kl: Tensor,
-    clip_range: float,
-    beta: float,
-) -> tuple[Tensor, dict]:
+def grpo_loss(log_prob, old_log_prob, advantages, kl, clip_range, beta):
     """The clipped surrogate with a KL penalty [paper], for one denoising step of B images.
 
     Tensors are [B]; `old_log_prob` is that of the policy which drew the images. Returns the scalar
@@ -241,34 +247,49 @@ def grpo_loss(
 
 
 # ---- Sampling with SD3.
-def predict_velocity(transformer, x: Tensor, t: float, text, null_text, guidance_scale) -> Tensor:
-    """The velocity [B, C, H, W] at x and time t, with classifier-free guidance, in float32.
+def velocity_along(run, times, texts, records):
+    """The network's velocity(x, k) for B records' prompts at times[k], as `rollout` calls it.
 
-    text, null_text: B prompts and B empty ones, encoded as embeds [B, L, D] and pooled [B, D'].
+    It takes x [B, C, H, W] and returns the same shape, in float32, with classifier-free guidance.
     As in [code], the gradient leaves the unconditional velocity out, which saves a backward pass.
     """
+    scale = run.config.guidance_scale
+    # On a GPU, the last bits of an image depend on how many are in its pass. So each pass there has
+    # batch_size images, filled up with repeats: thus rollout and training agree to the last bit.
+    size = run.config.batch_size if DEVICE == "cuda" or run.config.compile else len(records)
+    rows = [i % len(records) for i in range(size)]
 
-    def predict(embeds, pooled):
-        timestep = torch.full((len(x),), 1000 * t, device=x.device)
-        v = transformer(x.to(embeds.dtype), embeds, pooled, timestep, return_dict=False)[0]
-        return v.float()
+    def stacked(prompts):  # embeds [size, L, D] and pooled [size, D']
+        return [torch.stack(part).to(DEVICE) for part in zip(*[texts[p] for p in prompts])]
 
-    conditional = predict(*text)
-    if guidance_scale == 1:
-        return conditional
-    with torch.no_grad():
-        unconditional = predict(*null_text)
-    return unconditional + guidance_scale * (conditional - unconditional)
+    text = stacked([records[i]["prompt"] for i in rows])
+    null_text = stacked([""] * size)
+
+    def predict(x, k, embeds, pooled):
+        timestep = torch.full((size,), 1000 * times[k], device=DEVICE)
+        x = x[rows].to(embeds.dtype)
+        v = run.pipe.transformer(x, embeds, pooled, timestep, return_dict=False)[0]
+        return v[: len(records)].float()
+
+    def velocity(x, k):
+        conditional = predict(x, k, *text)
+        if scale == 1:
+            return conditional
+        with torch.no_grad():
+            unconditional = predict(x, k, *null_text)
+        return unconditional + scale * (conditional - unconditional)
+
+    return velocity
 
 
-def schedule(scheduler, steps: int) -> list[float]:
+def schedule(scheduler, steps):
     """The scheduler's times [steps + 1]. SD3's 10 steps begin dense: 1, 0.96, 0.91 ... 0.009, 0."""
     scheduler.set_timesteps(steps)
     return scheduler.sigmas.tolist()
 
 
 @torch.no_grad()
-def decode(vae, latents: Tensor) -> Tensor:
+def decode(vae, latents):
     """Latents [B, C, H, W] to images [B, 3, H', W'] in 0..1, by an autoencoder in float32."""
     z = latents / vae.config.scaling_factor + vae.config.shift_factor
     images = vae.decode(z, return_dict=False)[0].contiguous()
@@ -286,27 +307,27 @@ class Reward:
     """
 
     name: str
-    function: Callable
-    check: Callable  # Called as check(record), it raises ValueError for what can't be judged.
+    function: object
+    check: object  # Called as check(record), it raises ValueError for what can't be judged.
 
 
 @dataclass
 class Run:
-    """All that a run has, the same in each process. `prepare` makes it, and `log` saves it."""
+    """All that a run has, the same in each process. `prepare` makes it, and `save` writes it."""
 
     config: Config
-    pipe: StableDiffusion3Pipeline  # frozen but for its LoRA; float16 on a GPU but for VAE and LoRA
+    pipe: object  # diffusers' StableDiffusion3Pipeline, of which the LoRA alone is trained
     reward: Reward
     train_records: list  # dicts of the prompt file; each has a `prompt`, GenEval's a `tag` (task)
     eval_records: list
     latent_shape: tuple  # C, H, W
     parameters: torch.nn.ParameterList  # the adapter, in float32, which draws the rollouts
-    ema: EMAModel  # its moving average (decay up to 0.9), which draws evaluations and is the result
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler  # off, unless the network is in float16, as on a GPU
-    epoch: int = 0  # how many epochs are done,
-    updates: int = 0  # and how many optimiser steps
-    metrics: list = field(default_factory=list)  # the lines of metrics.jsonl, as dicts
+    ema: object  # diffusers' EMAModel, the adapter's average, which evaluations and users draw with
+    optimizer: object  # torch's AdamW
+    scaler: object  # torch's GradScaler, off unless the network is in float16, as on a GPU
+    metrics: list  # the lines of metrics.jsonl, as dicts
+    epoch: int = 0  # how many epochs are done
+    updates: int = 0  # how many optimiser steps are done
 
 
 @dataclass
@@ -318,320 +339,326 @@ class Samples:
 
     records: list  # [N], G equal ones in a row
     texts: dict  # prompt, or "" -> embeds [L, D] and pooled [D']
-    times: list[float]  # [T + 1]
-    trained: range  # the S steps that have noise and are trained
+    times: list  # [T + 1]
+    window: range  # the S steps that have noise and are trained
     latents: Tensor  # [N, T + 1, C, H, W], from the noise to the image
     log_probs: Tensor  # [N, T], under the policy that drew the images
-    columns: dict[str, Tensor]  # [N] each, of all processes: `reward`, and what it is made of
+    columns: dict  # name -> [N], of all processes: `reward`, and what it is made of
 
 
-def batches(run: Run, indices, description):
-    """Yields this process's part of the indices, in batches.
+def batches(run, records, indices, description):
+    """Yields this process's part of the indices of the records, in batches, and their records.
 
     Process n % PROCESSES draws the images i of batch n = i // batch_size, and trains on them.
     """
     size = run.config.batch_size
     own = [i for i in indices if i // size % PROCESSES == RANK]
     for start in bar(range(0, len(own), size), description):
-        yield own[start : start + size]
+        batch = own[start : start + size]
+        yield batch, [records[i] for i in batch]
 
 
-def padded(indices, size):
-    """A batch filled up with repeats, which don't count.
-
-    A GPU's last bits depend on the batch size. With one, the first optimiser step's ratios are 1.
-    """
-    return (indices * size)[:size]
-
-
-def velocity_along(run: Run, times, texts, prompts):
-    """The network's velocity(x, k) for these prompts at times[k], as `rollout` calls it."""
-
-    def stacked(prompts):
-        parts = zip(*[texts[prompt] for prompt in prompts])
-        return [torch.stack(part).to(DEVICE) for part in parts]
-
-    text = stacked(prompts)
-    null_text = stacked([""] * len(prompts))
-    scale = run.config.guidance_scale
-    return lambda x, k: predict_velocity(run.pipe.transformer, x, times[k], text, null_text, scale)
-
-
-def collect(run: Run) -> Samples:
+def sample(run):
     """Draw G images for each of the epoch's P prompts, and score them."""
     config = run.config
+    # All that is random depends on seed, epoch and batch, so a resumed run draws the same.
     epoch_seed = f"{config.seed} {run.epoch}"
     records = list(run.train_records)
     Random(epoch_seed).shuffle(records)
-    # Each epoch draws anew. No prompt comes twice, unless the file has too few: then as new groups.
+    # No prompt comes twice in an epoch, unless the file has too few: then as another group.
     chosen = (records * config.prompts_per_epoch)[: config.prompts_per_epoch]
     records = [record for record in chosen for _ in range(config.group_size)]
-    times = schedule(run.pipe.scheduler, TRAIN_STEPS)
-    # A window of steps has noise and is trained; the others are the ODE's. By default, it is the
-    # first 9. As in [code], the 10th, from t = 0.009, is not: rounding would dominate its ratio.
-    first = Random(epoch_seed).randint(0, config.sde_range - config.sde_steps)
-    trained = range(first, first + config.sde_steps)
-    levels = [config.noise_level if k in trained else 0.0 for k in range(TRAIN_STEPS)]
-    latents = torch.empty(len(records), TRAIN_STEPS + 1, *run.latent_shape)
-    log_probs = torch.empty(len(records), TRAIN_STEPS)
+    times = schedule(run.pipe.scheduler, ROLLOUT_DENOISING_STEPS)
+    # The steps of a window have noise and are trained; the others are the ODE's. By default, it has
+    # the first 9. As in [code], the 10th, from t = 0.009, never has: rounding would dominate its
+    # ratio.
+    first = Random(epoch_seed).randint(0, config.sde_last_step - config.sde_steps)
+    window = range(first, first + config.sde_steps)
+    levels = [config.noise_level if k in window else 0.0 for k in range(ROLLOUT_DENOISING_STEPS)]
+    latents = torch.empty(len(records), len(times), *run.latent_shape)
+    log_probs = torch.empty(len(records), len(levels))
     texts = encode(run, records)
     by_batch = {}
-    for indices in batches(run, range(len(records)), "rollout"):
-        prompts = [records[i]["prompt"] for i in padded(indices, config.batch_size)]
-        velocity = velocity_along(run, times, texts, prompts)
+    for indices, drawn in batches(run, records, range(len(records)), "rollout"):
         # Each batch has its own generator, so images don't depend on the number of processes.
         seed = Random(f"{epoch_seed} {indices[0]}").getrandbits(63)
         generator = torch.Generator(DEVICE).manual_seed(seed)
-        x = torch.randn(config.batch_size, *run.latent_shape, generator=generator, device=DEVICE)
-        # A compiled network has other kernels without autograd. The update needs autograd, so the
+        x = torch.randn(len(drawn), *run.latent_shape, generator=generator, device=DEVICE)
+        velocity = velocity_along(run, times, texts, drawn)
+        # A compiled network has other kernels without autograd. Training needs autograd, so the
         # rollout has it on, too. What it returns is detached.
         with torch.set_grad_enabled(config.compile):
             path, step_log_probs = rollout(velocity, x, times, levels, generator)
-        count = len(indices)
-        latents[indices] = path[:count].cpu()
-        log_probs[indices] = step_log_probs[:count].cpu()
-        images = decode(run.pipe.vae, path[:count, -1])
-        drawn = [records[i] for i in indices]
+        latents[indices] = path.cpu()
+        log_probs[indices] = step_log_probs.cpu()
+        images = decode(run.pipe.vae, path[:, -1])
         by_batch[indices[0]] = score_images(run.reward, images, drawn)
-    return Samples(records, texts, times, trained, latents, log_probs, gathered(by_batch))
+    return Samples(records, texts, times, window, latents, log_probs, join_batches(by_batch))
 
 
-def update(run: Run, samples: Samples) -> dict:
-    """The epoch's optimiser steps. Returns means of their statistics, and the share kept."""
+def optimize(run, samples):
+    """The epoch's optimiser steps. Returns means of their statistics, and the share trained on."""
     config = run.config
+    transformer = run.pipe.transformer
+    times = samples.times
     advantages = group_advantages(samples.columns["reward"].view(-1, config.group_size)).flatten()
     # As in [code], images whose advantage is 0 are dropped, and means are over those kept. So the
     # policy's term is N / kept times as large as in [paper], and the KL is of the kept images.
+    # ([code] puts some back, so that its batches come out even.)
     kept = advantages.nonzero().flatten().tolist()
     # Shuffled, then sorted by batch, they are dealt to the optimiser steps in turn. So each has an
     # about equal, random part of each batch of the rollout, hence of each process's images.
     Random(f"{config.seed} {run.epoch}").shuffle(kept)
     kept.sort(key=lambda i: i // config.batch_size)
-    totals = Counter()  # Counter.update adds.
-    ratio_deviation = 0.0
+    updates = min(config.updates_per_epoch, len(kept))
+    totals = []
     norms = []
-    for step in range(min(config.updates_per_epoch, len(kept))):
-        chunk = kept[step :: config.updates_per_epoch]
-        for indices in batches(run, chunk, "update"):
-            totals.update(add_gradient(run, samples, indices, advantages, len(chunk)))
-        # In the first optimiser step, the policy is the one that drew the images. A ratio other
-        # than 1 there means that the kernels of rollout and update disagree numerically. This is
-        # the largest |ratio - 1| of a batch, as a mean over batches and denoising steps.
-        if step == 0:
-            ratio_deviation = float(totals["ratio_deviation"])
+    for update in range(updates):
+        chunk = kept[update :: config.updates_per_epoch]
+        for indices, records in batches(run, samples.records, chunk, "training"):
+            velocity = velocity_along(run, times, samples.texts, records)
+            latents = samples.latents[indices].to(DEVICE)
+            old_log_probs = samples.log_probs[indices].to(DEVICE)
+            advantage = advantages[indices].to(DEVICE)
+            # The loss is the mean over all processes' images of the chunk, and over S steps.
+            weight = len(indices) / len(chunk) / len(samples.window)
+            ref_velocities = {}
+            if config.beta > 0:
+                # The reference, which is the base model, is the same network with its adapter off.
+                # All steps are done at once, as switching a large adapter takes milliseconds.
+                transformer.disable_adapters()
+                with torch.no_grad():
+                    ref_velocities = {k: velocity(latents[:, k], k) for k in samples.window}
+                transformer.enable_adapters()
+            parts = []
+            for k in samples.window:
+                x = latents[:, k]
+                step = (x, times[k], times[k + 1], config.noise_level, latents[:, k + 1])
+                _, log_prob, mean, std = sde_step(velocity(x, k), *step)
+                kl = torch.zeros_like(log_prob)
+                if config.beta > 0:
+                    _, _, ref_mean, _ = sde_step(ref_velocities[k], *step)
+                    # The factor |dt| is not in [paper]. [code] leaves |dt| out of the variance,
+                    # which is the same, and the published betas are for that. The exact KL (per
+                    # element) is 25 times (first step) to 4 times (ninth) as large: with it,
+                    # divide beta by about 10.
+                    kl = gaussian_kl(mean, ref_mean, std) * (times[k] - times[k + 1])
+                old = old_log_probs[:, k]
+                loss, stats = grpo_loss(
+                    log_prob, old, advantage, kl, config.clip_range, config.beta
+                )
+                run.scaler.scale(loss * weight).backward()
+                # In the first update, the policy is still the one that drew the images. A ratio
+                # other than 1 means that the kernels of rollout and training disagree. Logged is
+                # the mean of the batches' largest |ratio - 1| in this update alone, so `updates`
+                # cancels the division below.
+                if update == 0:
+                    largest = (log_prob.detach() - old).expm1().abs().max()
+                    stats["ratio_deviation"] = largest * updates
+                parts.append({name: value * weight for name, value in stats.items()})
+            totals.append(add_up(parts))
         norms.append(optimizer_step(run))
-    means = Counter()
-    for part in gather({name: float(total) / len(norms) for name, total in totals.items()}):
-        means.update(part)  # Like gradients, means are sums of parts, one for each process.
-    return {
-        **means,
-        "grad_norm": sum(norms) / max(1, len(norms)),
-        "ratio_deviation": sum(gather(ratio_deviation)),  # the first step's, in place of all
-        "trained": len(kept) / len(advantages),
-    }
+    # Each process has its part of the means over all images.
+    means = add_up(gather({name: float(n) / updates for name, n in add_up(totals).items()}))
+    means["grad_norm"] = sum(norms) / max(1, updates)
+    means["trained"] = len(kept) / len(advantages)
+    return means
 
 
-def add_gradient(run: Run, samples: Samples, indices, advantages, chunk_size):
-    """Add the gradient of a batch's part of the loss, the mean over chunk_size images and S steps.
-
-    Returns its part of the means of `grpo_loss`'s statistics, and of the largest |ratio - 1|.
-    """
-    config = run.config
-    transformer = run.pipe.transformer
-    times = samples.times
-    count = len(indices)
-    padding = DEVICE == "cuda" or config.compile  # Elsewhere, it would only take time.
-    filled = padded(indices, config.batch_size) if padding else indices
-    prompts = [samples.records[i]["prompt"] for i in filled]
-    velocity = velocity_along(run, times, samples.texts, prompts)
-    latents = samples.latents[filled].to(DEVICE)
-    old_log_probs = samples.log_probs[indices].to(DEVICE)
-    advantage = advantages[indices].to(DEVICE)
-    weight = count / chunk_size / len(samples.trained)
-    totals = Counter()
-
-    def sde_step_at(k):
-        x = latents[:, k]
-        v = velocity(x, k)
-        return sde_step(v, x, times[k], times[k + 1], config.noise_level, x_next=latents[:, k + 1])
-
-    ref_means = {}
-    if config.beta > 0:
-        # The reference, which is the base model, is the same network with its adapter off. All
-        # steps come before the policy's, because switching a large adapter takes milliseconds.
-        transformer.disable_adapters()
-        with torch.no_grad():
-            for k in samples.trained:
-                _, _, ref_means[k], _ = sde_step_at(k)
-        transformer.enable_adapters()
-    for k in samples.trained:
-        _, log_prob, mean, std = sde_step_at(k)
-        log_prob = log_prob[:count]
-        kl = torch.zeros_like(log_prob)
-        if config.beta > 0:
-            # The factor |dt| is not in [paper]. [code] leaves |dt| out of the variance, which is
-            # the same, and the published betas are for that. The exact KL (per element) is 25
-            # times (first step) to 4 times (ninth) as large: with it, divide beta by about 10.
-            kl = gaussian_kl(mean, ref_means[k], std)[:count] * (times[k] - times[k + 1])
-        old = old_log_probs[:, k]
-        loss, stats = grpo_loss(log_prob, old, advantage, kl, config.clip_range, config.beta)
-        stats["ratio_deviation"] = (log_prob.detach() - old).expm1().abs().max()
-        run.scaler.scale(loss * weight).backward()
-        totals.update({name: value * weight for name, value in stats.items()})
-    return totals
+def add_up(parts):
+    """Sums, by name, of dicts of numbers."""
+    sums = {}
+    for part in parts:
+        for name, number in part.items():
+            sums[name] = sums.get(name, 0) + number
+    return sums
 
 
-def optimizer_step(run: Run):
-    """Clip the gradient's norm to 1, step, and update the average when due.
+def optimizer_step(run):
+    """Clip the gradient's norm to 1, step, and move the average when due.
 
     Returns the norm before clipping. If it is not finite in float16, the loss scale was too large:
-    the scaler lowers it and skips the step, which isn't counted in `updates`. Raises UserError if
+    the scaler lowers it and skips the step, which isn't counted in `updates`. Raises Diverged if
     the scale is 1 already, as it always is where the scaler is off.
     """
-    run.scaler.scale(run.parameters[0])  # This makes the scale, if a process has had no images.
-    sum_gradients(run.parameters)
+    # Each process gets the sum of all gradients. One that had no images adds zeros, and its scaler
+    # makes the scale only now.
+    run.scaler.scale(run.parameters[0])
+    for p in run.parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        if PROCESSES > 1:
+            with explain(*PEER_LOST):
+                dist.all_reduce(p.grad)
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, 1.0).item()
     finite = math.isfinite(norm)
     if not finite and run.scaler.get_scale() <= 1:
-        raise UserError(f"the gradient is not finite: {DIVERGED}")
+        raise Diverged(f"the gradient is not finite: {DIVERGED}")
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
     if finite:
         run.updates += 1
         if run.updates % run.config.ema_interval == 0:
-            # As in [code], the decay's warm-up counts optimiser steps.
+            # As in [code], the decay's warm-up counts optimiser steps, not the average's moves.
             run.ema.optimization_step = run.updates
             run.ema.step(list(run.parameters))
     return norm
 
 
-@torch.no_grad()
-def evaluate(run: Run):
-    """Draw as a user does, by 40 ODE steps with the averaged adapter.
-
-    Prompt n, from 0, has the noise that a stock pipeline draws with a CPU generator of seed n. So
-    with the same steps, guidance, size and max_sequence_length, the images are that pipeline's up
-    to rounding: latents stay in float32 here, and batches differ. Returns the reward's columns, as
-    means over the prompts (GenEval's over the means of its tags), and the first 16 images.
-    """
-    times = schedule(run.pipe.scheduler, EVAL_STEPS)
-    texts = encode(run, run.eval_records)
-    by_batch = {}
+@contextmanager
+def averaged(run):
+    """Within it, the adapter has its averaged weights."""
     run.ema.store(run.parameters)
     run.ema.copy_to(run.parameters)
-    for indices in batches(run, range(len(run.eval_records)), "evaluation"):
-        records = [run.eval_records[i] for i in indices]
-        velocity = velocity_along(run, times, texts, [record["prompt"] for record in records])
-        noise = [
-            torch.randn(run.latent_shape, generator=torch.Generator().manual_seed(i))
-            for i in indices
-        ]
-        path, _ = rollout(velocity, torch.stack(noise).to(DEVICE), times, noise_level=0.0)
-        images = decode(run.pipe.vae, path[:, -1])
-        scores = score_images(run.reward, images, records)
-        by_batch[indices[0]] = {**scores, "images": images[: max(0, 16 - indices[0])].cpu()}
+    yield
     run.ema.restore(run.parameters)
-    columns = gathered(by_batch)
+
+
+@torch.no_grad()
+def evaluate(run, records):
+    """Draw as a user does, by 40 ODE steps with the averaged adapter.
+
+    Record n, from 0, has the noise that a stock pipeline draws with a CPU generator of seed n. So
+    with the same steps, guidance, size and max_sequence_length, the images are that pipeline's up
+    to rounding: latents stay in float32 here, and batches differ. Returns the reward's columns, as
+    means over the records (GenEval's over the means of its tags), and the first 16 images.
+    """
+    times = schedule(run.pipe.scheduler, EVAL_DENOISING_STEPS)
+    texts = encode(run, records)
+    by_batch = {}
+    with averaged(run):
+        for indices, drawn in batches(run, records, range(len(records)), "evaluation"):
+            velocity = velocity_along(run, times, texts, drawn)
+            noise = [
+                torch.randn(
+                    run.latent_shape,
+                    generator=torch.Generator().manual_seed(i),
+                    dtype=run.pipe.transformer.dtype,  # in which the pipeline draws, too
+                )
+                for i in indices
+            ]
+            path, _ = rollout(velocity, torch.stack(noise).to(DEVICE), times, noise_level=0.0)
+            images = decode(run.pipe.vae, path[:, -1])
+            columns = score_images(run.reward, images, drawn)
+            columns["images"] = images.cpu()[torch.tensor(indices) < 16]
+            by_batch[indices[0]] = columns
+    columns = join_batches(by_batch)
     images = columns.pop("images")
-    return averages(columns, run.eval_records, "eval_"), images
+    return averages(columns, records, "eval_"), images
 
 
-def train(run: Run, update: Callable = update):
-    """Epochs of rollout and update, and evaluations. bench/ gives the updates of other methods."""
+def train(run):
+    """Epochs of rollout and training, with an evaluation or some pictures now and then.
+
+    What is logged as epoch n: `reward` of images drawn before its training, `eval_reward` after it.
+    """
     config = run.config
     evaluated = [line["epoch"] for line in run.metrics if "eval_reward" in line]
     for epoch in bar(range(run.epoch, config.epochs + 1), "epochs"):
-        due = epoch % config.eval_every == 0 or epoch == config.epochs
-        if due and epoch not in evaluated:
-            log(run, *evaluate(run))
+        if epoch % config.eval_every == 0 or epoch == config.epochs:
+            if epoch not in evaluated:
+                log(run, *evaluate(run, run.eval_records))
+        elif epoch % 20 == 0:  # pictures alone
+            write_pictures(run, evaluate(run, run.eval_records[:16])[1])
         if epoch < config.epochs:
             start = time.perf_counter()
-            samples = collect(run)
+            samples = sample(run)
             middle = time.perf_counter()
-            metrics = averages(samples.columns, samples.records) | update(run, samples)
-            metrics["seconds_rollout"] = middle - start
-            metrics["seconds_update"] = time.perf_counter() - middle
+            stats = optimize(run, samples)
+            stats["seconds_rollout"] = middle - start
+            stats["seconds_update"] = time.perf_counter() - middle
+            scores = averages(samples.columns, samples.records)
             del samples  # They are large, and would last through the next rollout.
             run.epoch += 1
-            log(run, metrics)  # Each `log` saves checkpoint and LoRA.
+            log(run, scores, **stats)  # Each `log` saves checkpoint and LoRA.
 
 
 # ---- Several processes: torchrun starts equal copies of this script, which divide the batches.
+PEER_LOST = "another process has ended, or can't be reached", "see what it printed"
+store = None  # torchrun's, which all processes share
+
+
 def join_processes():
-    """Join the other processes. Only process 0 prints, except for errors."""
+    """Join the other processes, if there are any. Only process 0 prints, except for errors."""
+    global store
+    if PROCESSES == 1 or store:
+        return
+    print(f"process {RANK} waits for the others of WORLD_SIZE={PROCESSES}", file=sys.stderr)
     if DEVICE == "cuda":
-        # From here on this is "cuda", to rewards as well. More processes than GPUs share these.
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    # Gloo serves GPUs, too. It fails at once when a process dies, and an optimiser step of SD3.5
-    # has no more than 75 MB to sum.
-    dist.init_process_group("gloo")
-    atexit.register(dist.destroy_process_group)  # Else its threads may abort a process that ends.
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-
-
-def first_to_fail():
-    """Whether this process is the first to fail, and so says why. What ends one ends all."""
-    if not dist.is_initialized():
-        return True
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which torchrun ends the others
-    # This is torchrun's own store, which outlives the processes.
-    return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+        # From here on, "cuda" is this GPU, for rewards as well. Processes may have to share one.
+        torch.cuda.set_device(RANK % torch.cuda.device_count())
+    with explain("can't join the other processes", "for a run of one process, unset WORLD_SIZE"):
+        store, _, _ = next(dist.rendezvous("env://"))
+        # Gloo serves GPUs, too. It fails at once when a process dies, and an optimiser step of
+        # SD3.5 has no more than 75 MB to sum.
+        dist.init_process_group("gloo", store=store, rank=RANK, world_size=PROCESSES)
+    atexit.register(dist.destroy_process_group)  # Gloo's threads might abort Python as it ends.
 
 
 def gather(value):
-    """The values that all processes give, in their order."""
+    """The values that all processes give, in the processes' order."""
     values = [value] * PROCESSES
     if PROCESSES > 1:
-        dist.all_gather_object(values, value)
+        with explain(*PEER_LOST):
+            dist.all_gather_object(values, value)
     return values
 
 
-def gathered(columns):
-    """All processes' columns, joined in order. A batch has the number of its first image as key."""
+def join_batches(by_batch):
+    """The columns of all processes' batches, each joined in the order of the images.
+
+    by_batch: a batch's first image -> the batch's columns. Raises UserError if these differ.
+    """
     merged = {}
-    for part in gather(columns):
+    for part in gather(by_batch):
         merged |= part
     ordered = [merged[first] for first in sorted(merged)]
-    if len({tuple(part) for part in ordered}) > 1:
+    if len({tuple(columns) for columns in ordered}) > 1:
         raise UserError("the reward has other columns, or another order of them, in some batches")
-    return {name: torch.cat([part[name] for part in ordered]) for name in ordered[0]}
-
-
-def sum_gradients(parameters):
-    """Give each process the sum of all processes' gradients; one that had no images adds zeros."""
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-        if PROCESSES > 1:
-            dist.all_reduce(p.grad)
+    return {name: torch.cat([columns[name] for columns in ordered]) for name in ordered[0]}
 
 
 # ---- The model: a diffusers pipeline whose transformer carries a LoRA adapter.
-LORA_SCALE = 2  # alpha / rank [code]
-
-
-def load_pipeline(model) -> StableDiffusion3Pipeline:
-    """The pipeline, still on the CPU. Raises UserError if there is none.
+def load_pipeline(model):
+    """diffusers' StableDiffusion3Pipeline, still on the CPU. Raises UserError if there is none.
 
     For a GPU, it is in half precision, except for the autoencoder, which could overflow.
     """
-    dtype = torch.float16 if DEVICE == "cuda" else torch.float32
-    logging.set_verbosity_error()  # It would warn of each batch in which CLIP cuts a prompt.
-    try:
-        parts = StableDiffusion3Pipeline.load_config(model)
+    import diffusers
+    import transformers
+
+    model = os.path.expanduser(model)
+    for library in (diffusers, transformers):
+        if RANK > 0 or not sys.stderr.isatty():
+            library.utils.logging.disable_progress_bar()
+    place = "" if os.path.isdir(model) else ": there is no such folder, and from the hub"
+    with explain(
+        f"the model {model} can't be loaded{place}",
+        "give a folder saved without `variant`, or a name on the hub, which can be reached; "
+        "for a gated model, accept its licence on huggingface.co, and run `hf auth login`",
+    ):
+        parts = diffusers.StableDiffusion3Pipeline.load_config(model)
         # A pipeline may have been saved without T5.
         options = {name: None for name, part in parts.items() if part == [None, None]}
+        dtype = torch.float16 if DEVICE == "cuda" else torch.float32
         options["dtype"] = {"default": dtype, "vae": torch.float32}
-        return StableDiffusion3Pipeline.from_pretrained(model, **options)
-    except Exception as e:  # The libraries raise many kinds.
-        raise UserError(f"the model {model} can't be loaded: {why(e)}; check --model") from e
+        pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(model, **options)
+    for name in ("transformer", "vae"):
+        with explain(f"the {name} of {model} lacks weights", "fuse its LoRA before saving"):
+            getattr(pipe, name).to("cpu")  # It is there already, but missing weights raise.
+    # They would warn of each batch in which CLIP cuts a prompt, where `start` does it once.
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+    return pipe
 
 
-def prepare(config: Config, pipe, reward: Reward, train_records, eval_records) -> Run:
+def prepare(config, pipe, reward, train_records, eval_records):
     """Add the adapter, and make the run. Raises UserError if the image size doesn't fit."""
+    from diffusers.training_utils import EMAModel, cast_training_params
+    from peft import LoraConfig
+
     transformer = pipe.transformer
     factor = pipe.vae_scale_factor
     unit = factor * pipe.patch_size
@@ -642,7 +669,7 @@ def prepare(config: Config, pipe, reward: Reward, train_records, eval_records) -
     torch.manual_seed(config.seed)
     lora = LoraConfig(
         r=config.lora_rank,
-        lora_alpha=LORA_SCALE * config.lora_rank,
+        lora_alpha=2 * config.lora_rank,  # as in [code]
         init_lora_weights="gaussian",
         # As in [code], the second attention of some of SD3.5's blocks, `attn2`, has no adapter.
         target_modules=r".*\.attn\.(to_(q|k|v|out\.0|add_out)|add_(q|k|v)_proj)",
@@ -654,17 +681,15 @@ def prepare(config: Config, pipe, reward: Reward, train_records, eval_records) -
         transformer.enable_gradient_checkpointing()
         pipe.vae.enable_slicing()  # Decoding would need the most memory otherwise.
     if config.compile:
-        # There are several kinds of blocks, with the adapter on or off, with a graph or without.
+        # Each kind of block is compiled with the adapter on and off, with autograd and without.
         torch.compiler.config.recompile_limit = 64
-        torch.autograd.set_multithreading_enabled(False)  # The limit is this thread's alone.
+        # Autograd's own threads, in which checkpoints recompute, would not know of this limit.
+        torch.autograd.set_multithreading_enabled(False)
         for block in transformer.transformer_blocks:
             block.compile(dynamic=False)
     transformer.to(DEVICE)
     pipe.vae.to(DEVICE, memory_format=torch.channels_last)  # faster convolutions
-    # For the adapter. TF32 has as many digits as float16.
-    torch.set_float32_matmul_precision("high")
-    # cuDNN's attention, which torch prefers on the newest GPUs, has other kernels with a graph.
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    set_switches()
     return Run(
         config,
         pipe,
@@ -678,10 +703,13 @@ def prepare(config: Config, pipe, reward: Reward, train_records, eval_records) -
         ),
         parameters=parameters,
         ema=EMAModel(list(parameters), decay=0.9),
-        optimizer=torch.optim.AdamW(parameters, config.learning_rate, weight_decay=1e-4),
-        # A log_prob is a mean over 65,536 elements, and a batch one of many. So small a loss has
-        # gradients that underflow in half precision, some of them even at the usual scale of 2^16.
+        optimizer=torch.optim.AdamW(
+            parameters, config.learning_rate, eps=config.adam_epsilon, weight_decay=1e-4
+        ),
+        # A log_prob is a mean over 65,536 elements, and the loss one over many images. So it has
+        # gradients that underflow in half precision, some even at the usual scale of 2^16.
         scaler=torch.amp.GradScaler(DEVICE, 2.0**20, enabled=transformer.dtype == torch.float16),
+        metrics=[],
     )
 
 
@@ -692,16 +720,21 @@ def encode(run, records):
     Returns prompt -> (embeds [L, D], pooled [D']) on the CPU.
     """
     pipe = run.pipe
-    encoders = filter(None, [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3])
-    encoders = torch.nn.ModuleList(encoders).to(DEVICE)
+    encoders = [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3]
+    encoders = torch.nn.ModuleList(filter(None, encoders)).to(DEVICE)
     prompts = sorted({"", *[record["prompt"] for record in records]})
     texts = {}
     for i in range(0, len(prompts), 64):
         batch = prompts[i : i + 64]
         embeds, _, pooled, _ = pipe.encode_prompt(
-            batch, None, None, DEVICE, 1, False, max_sequence_length=run.config.max_sequence_length
+            batch,
+            None,  # prompt_2 and prompt_3 are the same.
+            None,
+            device=DEVICE,
+            do_classifier_free_guidance=False,
+            max_sequence_length=run.config.max_sequence_length,
         )
-        texts |= zip(batch, zip(embeds.cpu(), pooled.cpu()))
+        texts.update(zip(batch, zip(embeds.cpu(), pooled.cpu())))
     # T5 has 11 GB, and would take some 7 s to the GPU and back. On a large card, it stays there.
     if DEVICE == "cuda" and torch.cuda.mem_get_info()[1] < 45e9:
         encoders.to("cpu")
@@ -709,76 +742,90 @@ def encode(run, records):
 
 
 # ---- Rewards.
-def load_reward(source) -> Reward:
+def set_switches():
+    """Set torch's global switches as the run needs them, whatever a reward has set."""
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    # The adapter's float32 products are in TF32, which has as many digits as float16.
+    torch.set_float32_matmul_precision("high")
+    # cuDNN's attention, which torch prefers on the newest GPUs, has other kernels with autograd.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def load_reward(source):
     """What --reward names. NAME is short for rewards/NAME.py:reward. Raises UserError.
 
     If the file has a function `check`, that is called with each record of the prompt file.
     """
-    path, _, function = source.rpartition(":")
-    if not path:
-        path, function = HERE / "rewards" / f"{source}.py", "reward"
-    try:
-        module = run_path(str(path))
-        return Reward(Path(path).stem, module[function], module.get("check", lambda record: None))
-    except (Exception, SystemExit) as e:
-        hint = "give file.py:function, or ocr, geneval, pickscore or clipscore of rewards/"
-        raise UserError(f"the reward '{source}' can't be loaded: {why(e)}; {hint}") from e
+    if ":" not in source:
+        source = f"{HERE}/rewards/{source}.py:reward"
+    path, _, name = source.rpartition(":")
+    path = Path(path).expanduser().absolute()
+    sys.path.insert(0, str(path.parent))  # for what lies beside it, and for processes it starts
+    # Pickle finds the module by its name, as if it had been imported.
+    module_name = f"reward_{path.stem}" if path.stem in sys.modules else path.stem
+    hint = "give file.py:function, or ocr, geneval, pickscore or clipscore of rewards/"
+    # Code that switches autograd off when it is loaded does so only in here.
+    with torch.enable_grad(), explain(f"the reward '{source}' can't be loaded", hint):
+        spec = spec_from_file_location(module_name, path)
+        module = sys.modules[module_name] = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        set_switches()
+        check = getattr(module, "check", lambda record: None)
+        return Reward(path.stem, getattr(module, name), check)
 
 
-@torch.no_grad()
-def score_images(reward: Reward, images: Tensor, records: list) -> dict:
+def score_images(reward, images, records):
     """Columns [B] on the CPU: `reward`, and what it is made of. Raises UserError."""
     if not images.isfinite().all():
-        raise UserError(f"an image is not finite: {DIVERGED}")
+        raise Diverged(f"an image is not finite: {DIVERGED}")
     prompts = [record["prompt"] for record in records]
-    copies = [copy.deepcopy(record) for record in records]
-    try:  # with copies, which the function may change as it likes
-        result = reward.function(images.clone(), list(prompts), copies)
-        named = result if isinstance(result, dict) else {reward.name: result}
-        columns = {name: torch.as_tensor(column).float().cpu() for name, column in named.items()}
+    what = f"the reward {reward.name} failed for images from '{prompts[0]}' on"
+    wanted = "a reward returns one finite number for each image, or a dict of columns of them"
+    with torch.no_grad(), explain(what, wanted):
+        result = reward.function(images.clone(), prompts, json.loads(json.dumps(records)))
+    set_switches()
+    columns = dict(result) if isinstance(result, dict) else {reward.name: result}
+    with explain(f"{what}, where it returned {str(result)[:200]}", wanted):
         for name, column in columns.items():
-            for prompt, value in zip(prompts, column.tolist(), strict=True):
-                if not math.isfinite(value):
-                    raise ValueError(f"{name} is {value} for '{prompt}'")
+            column = torch.as_tensor(column).detach().float().cpu().view(len(records))
+            if not column.isfinite().all():
+                raise ValueError(f"{name} is not finite")
+            columns[name] = column
         return {"reward": next(iter(columns.values())), **columns}
-    except (Exception, SystemExit) as e:
-        raise UserError(
-            f"the reward {reward.name} failed at '{prompts[0]}': {why(e)}; "
-            "a reward gives one finite number for each image"
-        ) from e
 
 
 def averages(columns, records, prefix=""):
     """Each column's mean. If records have tags, it is that of the tags' means, as in GenEval."""
     tags = [str(record.get("tag")) for record in records]
-    sizes = Counter(tags)
-    weights = torch.tensor([1 / sizes[tag] / len(sizes) for tag in tags])
+    weights = torch.tensor([1 / tags.count(tag) / len(set(tags)) for tag in tags])
     return {f"{prefix}{name}": float(column @ weights) for name, column in columns.items()}
 
 
 # ---- Prompts.
 def read_prompts(path, reward):
     """A prompt file's records. Raises UserError with file and line of what can't be used."""
-    if not path:
-        raise UserError("there are no prompts: give a file, as in --prompt-file prompts.txt")
-    place = path
+    hint = "--prompt-file takes a .txt of prompts, or a .jsonl of records with a `prompt`, in UTF-8"
+    with explain(f"there are no prompts in '{path}'", hint):
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+        kind = Path(path).suffix.lower()
+        # A line of JSON begins like this, or has a backslash before a quotation mark.
+        json_line = re.search(r'^\s*[\[{]\s*(["\[{]|$)|\\"', text, re.MULTILINE)
+        if (
+            kind not in (".txt", ".jsonl")
+            or (kind == ".txt" and json_line)
+            or "\0" in text
+            or not text.strip()
+        ):
+            raise ValueError("the file is empty, or of another kind")
     records = []
-    try:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
+        with explain(f"can't use line {number} of {path}", hint):
             if line.strip():
-                place = f"{path}, line {number}"
-                record = {"prompt": line.strip()}
-                if path.lower().endswith(".jsonl"):
-                    record = json.loads(line)
-                prompt = record.get("prompt") if isinstance(record, dict) else None
-                if not isinstance(prompt, str) or b"\0" in prompt.encode():
-                    raise ValueError("a record needs a `prompt` of Unicode text")
+                record = json.loads(line) if kind == ".jsonl" else {"prompt": line.strip()}
+                record["prompt"].encode()  # It raises for what isn't Unicode text.
                 reward.check(record)
                 records.append(record)
-        if not records:
-            raise ValueError("it has no prompts")
-    except (Exception, SystemExit) as e:  # A reward's check may raise any.
-        raise UserError(f"can't use the prompt file {place}: {e}; mend it, or give another") from e
     return records
 
 
@@ -786,6 +833,7 @@ def split_prompts(config, reward):
     """Training and evaluation records.
 
     Without an evaluation file, half the prompts (at most 256) are held out, the same for all seeds.
+    A single prompt serves for both.
     """
     records = read_prompts(config.prompt_file, reward)
     if config.eval_prompt_file:
@@ -797,216 +845,209 @@ def split_prompts(config, reward):
 
 
 # ---- Files. The checkpoint holds all that a run needs to go on; the other files are for people.
-PLAIN = "train_records eval_records epoch updates metrics".split()
-STATEFUL = "parameters ema optimizer scaler".split()
-MAY_CHANGE = """resume model epochs eval_every batch_size compile
-    gradient_checkpointing""".split()
+SAVED_VALUES = "train_records eval_records epoch updates metrics".split()
+SAVED_STATE_DICTS = "parameters ema optimizer scaler".split()
 
 
-def atomic(path: Path, write: Callable):
-    """Write under another name, then rename. So `path` is the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.new")  # load_lora_weights must not take it
+@contextmanager
+def own_folder(folder):
+    """Makes the folder, and keeps it from other runs. Raises UserError if one is in it."""
+    lock = FileLock(Path(folder, f".lock{RANK}"))
+    hint = "if another run is in it, wait, or give another --output-dir"
+    with explain(f"can't lock {folder}", hint):
+        lock.acquire(blocking=False)
     try:
+        yield
+    finally:
+        with suppress(OSError):  # A folder that holds anything stays.
+            os.remove(lock.lock_file)
+            os.removedirs(folder)
+        lock.release()
+
+
+def write_file(path, write):
+    """Process 0 writes under another name, then renames. So `path` is the old file or the new."""
+    if RANK > 0:
+        return
+    temporary = path.with_name(f".{path.name}.new")  # load_lora_weights must not take it
+    with explain(f"can't write {path}", "check the disk, and --output-dir"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-    except Exception as e:  # torch and safetensors raise others than OSError.
-        raise UserError(f"can't write {path}: {why(e)}; check the disk, and --output-dir") from e
-    with open(temporary, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
 
 
 def save(run):
     """Write the checkpoint, files to read, and the averaged adapter for diffusers."""
+    from peft import get_peft_model_state_dict
+
     out = Path(run.config.output_dir)
-    state = {name: getattr(run, name) for name in PLAIN}
+    state = {name: getattr(run, name) for name in SAVED_VALUES}
     state["config"] = vars(run.config)
-    state |= {name: getattr(run, name).state_dict() for name in STATEFUL}
-    atomic(out / "checkpoint.pt", partial(torch.save, state))
-    texts = {"config.json": json.dumps(vars(run.config), indent=2)}
-    for name, lines in {"eval_prompts": run.eval_records, "metrics": run.metrics}.items():
-        texts[f"{name}.jsonl"] = "".join(json.dumps(line) + "\n" for line in lines)
-    for name, text in texts.items():
-        atomic(out / name, lambda path: path.write_text(text))
-    transformer = run.pipe.transformer
-    names = [name for name, p in transformer.named_parameters() if p.requires_grad]
-    layers = get_peft_model_state_dict(transformer, dict(zip(names, run.ema.shadow_params)))
-    for name in layers:
-        if "lora_B" in name:  # It takes in the scale, which many programs leave out.
-            layers[name] = LORA_SCALE * layers[name]
-    weights = out / "pytorch_lora_weights.safetensors"
-    atomic(weights, lambda path: run.pipe.save_lora_weights(out, layers, weight_name=path.name))
-    with suppress(OSError):  # Else only the owner might read it. Some file systems refuse.
-        shutil.copymode(out / "checkpoint.pt", weights)
-
-
-def restore(run, state):
-    """Put a checkpoint's state into the run. Raises UserError if it is of another model."""
-    for name in PLAIN:
-        setattr(run, name, state[name])
-    try:
-        for name in STATEFUL:
-            if state[name]:  # A scaler that is off has no state.
-                getattr(run, name).load_state_dict(state[name])
-    except RuntimeError as e:
-        raise UserError(f"the run doesn't fit {run.config.model}: give its model by --model") from e
-    run.ema.to(DEVICE)
-
-
-@cache
-def tensorboard(out):
-    return SummaryWriter(out / "tensorboard", flush_secs=1)
-
-
-def log(run, metrics, images=None):
-    """Add metrics to the run's, save it, and print them. With images, draw these and the curve."""
-    run.metrics.append({"epoch": run.epoch, **metrics})
-    if RANK > 0:
-        return
-    out = Path(run.config.output_dir).absolute()
-    if images is not None:
-        write_grid = partial(save_image, images, nrow=4, format="png")
-        atomic(out / "samples" / f"epoch_{run.epoch:05}.png", write_grid)
-        axes = Figure(layout="constrained").subplots()
-        for name in ("reward", "eval_reward"):
-            curve = {line["epoch"]: line[name] for line in run.metrics if name in line}
-            axes.plot(list(curve), list(curve.values()), "o-", label=name)
-        axes.set_xlabel("epoch")
-        axes.legend()
-        atomic(out / "curve.png", partial(axes.figure.savefig, format="png"))
-    save(run)
-    for name, value in metrics.items():
-        tensorboard(out).add_scalar(name, value, run.epoch)
-    tqdm.write(
-        f"epoch {run.epoch}: " + "  ".join(f"{name} {metrics[name]:.3g}" for name in metrics)
+    state |= {name: getattr(run, name).state_dict() for name in SAVED_STATE_DICTS}
+    write_file(out / "checkpoint.pt", partial(torch.save, state))
+    settings = json.dumps(vars(run.config), indent=2)
+    write_file(out / "config.json", lambda path: path.write_text(settings))
+    for name, records in {"eval_prompts": run.eval_records, "metrics": run.metrics}.items():
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        write_file(out / f"{name}.jsonl", lambda path: path.write_text(lines))
+    with averaged(run):
+        layers = get_peft_model_state_dict(run.pipe.transformer)
+        for name, layer in layers.items():
+            # Many programs leave out alpha / rank = 2, so the weights of lora_B take it in. The
+            # products are copies, which keep the averaged weights.
+            layers[name] = layer * (2 if "lora_B" in name else 1)
+    write_file(
+        out / "pytorch_lora_weights.safetensors",
+        lambda path: run.pipe.save_lora_weights(out, layers, weight_name=path.name),
     )
-    sys.stdout.flush()
+
+
+def log(run, scores, images=None, **stats):
+    """Add them to the run's metrics, save it, and print what matters most. Draw images, if any."""
+    metrics = scores | stats
+    run.metrics.append({"epoch": run.epoch, **metrics})
+    if images is not None:
+        write_pictures(run, images)
+    save(run)
+    shown = [name for name in metrics if name in scores or re.match("kl|seconds", name)]
+    if len(scores) > 1 and scores[shown[0]] == scores[shown[1]]:  # One column has two names.
+        del shown[1]
+    line = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown)
+    tqdm.write(f"epoch {run.epoch}: {line:.88}")
+
+
+def write_pictures(run, images):
+    """Write a grid of the images, and the curve of the rewards, in process 0."""
+    from matplotlib.figure import Figure
+    from torchvision.utils import save_image
+
+    out = Path(run.config.output_dir)
+    write_file(
+        out / f"samples/epoch_{run.epoch:05}.png", partial(save_image, images, nrow=4, format="png")
+    )
+    axes = Figure().gca()
+    for name in ("reward", "eval_reward"):
+        curve = {line["epoch"]: line[name] for line in run.metrics if name in line}
+        axes.plot(list(curve), list(curve.values()), "o-", label=name)
+    axes.legend()
+    write_file(out / "curve.png", partial(axes.figure.savefig, format="png"))
 
 
 # ---- Command line.
-DIVERGED = "training diverged, so start a new run with a lower --learning-rate"
-OUT_OF_MEMORY = "out of memory: give --gradient-checkpointing or a lower --batch-size"
-LEFT_ALONE = "another process of this run has ended, or can't be reached"
+MAY_CHANGE = "resume model epochs eval_every batch_size compile gradient_checkpointing".split()
 
 
-class UserError(Exception):
-    """What the user can mend. It is shown as one sentence without a traceback; exit code 2."""
-
-
-def why(e):
-    """What went wrong. The libraries bury what the hub said in a chain of exceptions."""
-    summary = f"{type(e).__name__} ({' '.join(str(e).split())[:300]})"
-    chain = summary
-    while e is not None:
-        chain += f" {type(e).__mro__}"
-        e = e.__cause__ or e.__context__
-    if "GatedRepo" in chain:
-        return "it is gated: accept its licence on huggingface.co, and run `hf auth login`"
-    if re.search("LocalEntry|ConnectError|requests.*Conn|Offline|Timeout|connect to", chain):
-        return "what it needs is out of reach: check name and network"
-    # cuDNN finds no engine when memory is short.
-    if re.search("of memory|te memory|MemoryError|ALLOC_FAILED|unable to find an engine", summary):
-        return OUT_OF_MEMORY
-    if "gloo/" in summary:
-        return LEFT_ALONE
-    return summary
-
-
-def configure(argv):
+def configure(parse, flags, folder):
     """The settings, and a resumed run's checkpoint or None. Raises UserError.
 
-    Flags come before the settings of a resumed run, and else before the defaults of the model.
+    A flag has precedence over a resumed run's setting, and over the default for the model.
     """
-    parse = partial(tyro.cli, Config, args=argv, console_outputs=RANK == 0)
-    config = parse(default=Config() if DEVICE == "cuda" else TINY)
-    new = time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
-    folder = config.resume or config.output_dir or new
-    checkpoint = Path(folder, "checkpoint.pt")
     state = None
-    if config.resume:
-        try:
-            if zipfile.ZipFile(checkpoint).testzip():
-                raise ValueError("a checksum is wrong")
-            # weights_only: no pickled code is run.
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            saved = Config(**state["config"] | {"output_dir": folder})
-        except Exception as e:  # torch raises many kinds.
-            hint = "give the folder of a run, or put back a copy"
-            raise UserError(f"{checkpoint} can't be resumed: {why(e)}; {hint}") from e
-        config = parse(default=saved)
-        for name, value in vars(config).items():
-            before = vars(saved)[name]
-            if name not in MAY_CHANGE and value != before:
-                raise UserError(
-                    f"--{name.replace('_', '-')} was {before} in {folder}: omit it, or start anew"
-                )
-    elif checkpoint.exists():
+    path = Path(folder, "checkpoint.pt")
+    default = recipe(flags.model)
+    if flags.resume:
+        with explain(f"{path} can't be resumed", "give the folder of a run, or put back a copy"):
+            # With weights_only, no pickled code is run.
+            state = torch.load(path, map_location=DEVICE, weights_only=True)
+            default = Config(**state["config"] | {"output_dir": folder})
+    elif path.exists():
         raise UserError(f"{folder} holds a run: go on by --resume, or give another --output-dir")
-    else:
-        config = parse(default=TINY if Path(config.model).name == "tiny-sd3" else Config())
-    config.output_dir = folder
-    least = {"group_size": 2, "guidance_scale": 1, "beta": 0, "seed": 0}
-    least["epochs"] = state["epoch"] if state else 1
-    most = {"sde_steps": config.sde_range, "sde_range": TRAIN_STEPS, "max_sequence_length": 512}
+    config = parse(default=default)
+    # A reward's file may have been moved: the same function's name passes the check below.
+    if config.reward.split(":")[-1] == default.reward.split(":")[-1]:
+        default.reward = config.reward
+    done = state["epoch"] if state else 1
+    least = {"epochs": done, "group_size": 2, "guidance_scale": 1, "beta": 0, "seed": 0}
     for name, value in vars(config).items():
-        low = least.get(name, 1 if isinstance(value, int) else 1e-12)
-        high = most.get(name, 1_000_000_000)
-        if not isinstance(value, str | bool) and not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: give {low} to {high}")
+        flag = f"--{name.replace('_', '-')}"
+        if state and value != vars(default)[name] and name not in MAY_CHANGE:
+            raise UserError(f"{flag} was {vars(default)[name]} in {folder}: omit it, or start anew")
+        if not isinstance(value, str | bool) and not least.get(name, 1e-20) <= value <= 1e9:
+            raise UserError(f"{flag} can't be {value}, which is too small, too large, or no number")
+    if not config.sde_steps <= config.sde_last_step < ROLLOUT_DENOISING_STEPS:
+        raise UserError("give --sde-steps up to --sde-last-step, and that up to 9")
+    config.output_dir = folder
     return config, state
 
 
-def start(argv):
+def start(config, state):
     """All that comes before training: what is cheap to check first, the large model last."""
-    if PROCESSES > 1:
-        join_processes()
-    config, state = configure(argv)
-    config.output_dir = gather(config.output_dir)[0]  # It may be made of process 0's time.
     reward = load_reward(config.reward)
+    saved = state and [state["train_records"], state["eval_records"]]
+    records = saved or split_prompts(config, reward)
+    # Blank images load the reward's models and find what fails.
+    blank = torch.zeros(2, 3, config.height, config.width, device=DEVICE)
+    score_images(reward, blank, records[0][:1] * 2)
+    pipe = load_pipeline(config.model)
+    prompts = [record["prompt"] for record in records[0] + records[1]]
+    clip = pipe.tokenizer
+    cut = sum(len(tokens) > clip.model_max_length for tokens in clip(prompts).input_ids)
+    if cut:
+        print(f"CLIP reads only {clip.model_max_length} tokens, which cuts {cut} of the prompts.")
+    run = prepare(config, pipe, reward, *records)
     if state:
-        records = state["train_records"], state["eval_records"]
-    else:
-        records = split_prompts(config, reward)
-    # A blank image loads the reward's models and finds what fails.
-    blank = torch.zeros(1, 3, config.height, config.width, device=DEVICE)
-    score_images(reward, blank, records[0][:1])
-    run = prepare(config, load_pipeline(config.model), reward, *records)
-    if state:
-        restore(run, state)
-    if RANK == 0:
-        save(run)
-    print(f"Training {config.model} on the {DEVICE}, after {run.epoch} epochs.")
+        with explain(f"the run doesn't fit {config.model}", "give its model by --model"):
+            for name in SAVED_STATE_DICTS:
+                if state[name]:  # A scaler that is off has no state.
+                    getattr(run, name).load_state_dict(state[name])
+        for name in SAVED_VALUES:
+            setattr(run, name, state[name])
+    save(run)
+    print(f"Training {config.model} on the {DEVICE} by {config.reward}, after {run.epoch} epochs.")
     return run
 
 
 def main(argv=None):
-    """Train. Returns the exit code: 0, 2 for what the user can mend, 130 if interrupted."""
-    hint = ""
-    code = 2
+    """Train. Returns the exit code: 0; 2 for what the user can mend; 130 if interrupted; else 1."""
+    to_go_on = ""
     try:
-        run = start(argv)
-        hint = f"; to go on: python flow_grpo.py --resume {run.config.output_dir!r}"
-        train(run)
-        rewards = [line["eval_reward"] for line in run.metrics if "eval_reward" in line]
-        print(f"The reward on evaluation prompts was {rewards[0]:.3f}, and is {rewards[-1]:.3f}.")
-        print(f"Weights and images are in {run.config.output_dir}")
-        gather(None)  # A process that left now would abort one that is still waiting for it.
+        if RANK > 0 or not sys.stdout:  # Process 0 prints, unless its stdout is closed.
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        # It may be in ASCII, and a log should show each line at once.
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+        join_processes()
+        for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and how torchrun ends processes
+            signal.signal(number, signal.default_int_handler)
+        parse = partial(tyro.cli, Config, args=argv, console_outputs=RANK == 0)
+        flags = parse(default=Config() if DEVICE == "cuda" else TINY)
+        folder = flags.resume or flags.output_dir
+        folder = folder or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
+        folder = gather(os.path.expanduser(folder))[0]
+        with own_folder(folder):
+            run = start(*configure(parse, flags, folder))
+            to_go_on = f"; to go on: python flow_grpo.py --resume {folder!r}"
+            train(run)
+            print(f"Weights and images are in {folder}")
+            gather(None)  # All leave together: to leave early would abort those still at work.
         return 0
     except KeyboardInterrupt:
-        error = "interrupted by a signal"
-        code = 130
+        return report(130, f"interrupted by a signal{to_go_on}")
+    except Diverged as e:
+        return report(2, e)
     except UserError as e:
-        error = str(e)
-    except (OSError, RuntimeError, MemoryError) as e:
-        error = why(e)
-        if isinstance(e, RuntimeError) and error not in (OUT_OF_MEMORY, LEFT_ALONE):
-            raise
-    if first_to_fail():
-        print(f"error: {error}{hint if DIVERGED not in error else ''}", file=sys.stderr)
+        return report(2, f"{e}{to_go_on}")
+    except Exception as e:
+        # cuDNN finds no engine when memory is short.
+        if re.search("of memory|allocate memory|MemoryError|ALLOC_FAILED|find an engine", why(e)):
+            hint = "give --gradient-checkpointing or a lower --batch-size"
+            return report(2, f"out of memory: {hint}{to_go_on}")
+        traceback.print_exc()
+        return report(1, f"{why(e)}; see above, and if it is of compiling: --no-compile{to_go_on}")
+
+
+def report(code, sentence):
+    """Print why the run ends, in the first process that fails alone. Returns the code."""
+    first = True
+    if store:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the other processes by it.
+        with suppress(RuntimeError):  # Without torchrun, the store has ended with process 0.
+            first = store.add("reports", 1) == 1
+    if first:
+        print(f"error: {sentence}", file=sys.stderr)
     return code
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # by which torchrun ends the others
     sys.exit(main())

@@ -37,6 +37,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+HERE = Path(__file__).resolve().parent
 HEIGHT = 32
 WIDTH = 64
 PROMPT = 'a sign that says "{}"'
@@ -334,7 +335,7 @@ def train_transformer(
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--output-dir", type=Path, default=HERE)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=48_000, help="signs to draw")
     parser.add_argument("--vae-steps", type=int, default=1_500)
@@ -365,6 +366,8 @@ def main() -> None:
     text_encoder_3, tokenizer_3 = make_null_t5(pipe.transformer.config.joint_attention_dim)
     pipe.register_modules(text_encoder_3=text_encoder_3, tokenizer_3=tokenizer_3)
     pipe.save_pretrained(args.output_dir)
+    settings = (HERE / "flow_grpo.json").read_text(encoding="utf-8")  # with which it is trained
+    (args.output_dir / "flow_grpo.json").write_text(settings, encoding="utf-8")
     prompts = "".join(PROMPT.format(n) + "\n" for n in held_out)
     (args.output_dir.resolve().parent / "prompts.txt").write_text(prompts, encoding="utf-8")
     print(f"wrote {args.output_dir} in {(time.time() - start) / 60:.0f} minutes")
