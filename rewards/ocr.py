@@ -7,9 +7,9 @@ run:
     image = torchvision.io.decode_image("sign.png", "RGB") / 255
     ocr.reward(image[None], ['a sign that says "407"'], [{}])
 
-`reward` returns two columns, for which spaces and case don't count. `ocr`, to train on, is
-1 - edit distance / length of the quoted text, 0 at the least, and 1 where the text is read within a
-longer one. `ocr_accuracy` is 1 where `ocr` is 1, and else 0.
+`reward` returns two columns, for which spaces, case, and spellings that look the same don't count.
+`ocr`, to train on, is 1 - edit distance / length of the quoted text, 0 at the least, and 1 where
+the text is read within a longer one. `ocr_accuracy` is 1 where `ocr` is 1, and else 0.
 
 The reward is that of Liu et al., Flow-GRPO, arXiv 2505.05470, whose code, yifan123/flow_grpo, reads
 with PaddleOCR. Here, PaddleOCR's models, named PP-OCR, run on onnxruntime. They are in rapidocr's
@@ -19,6 +19,7 @@ wheel, so that nothing is downloaded.
 import functools
 import os
 import re
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -26,15 +27,20 @@ from rapidfuzz.distance import Levenshtein
 from rapidocr import RapidOCR
 from torch import Tensor
 
+# Right after a digit, a double quote is an inch mark, as in a 24" screen, and opens no text.
+QUOTED = r'(?<!\d)["“”„‟＂][^"“”„‟＂]*["“”„‟＂]|[«»][^«»]*[«»]|「[^」]*」|『[^』]*』'
+# What looks like '"- counts as that. Variation selectors, which can't be seen, go.
+LOOKALIKES = str.maketrans("‘’‛ʼ′´“”„‟″‐‑‒–—―−", "'" * 6 + '"' * 5 + "-" * 7, "\ufe0e\ufe0f")
+
 
 def quoted_text(record: dict) -> str:
-    """The first text in double quotes that isn't blank in a record's prompt.
+    """The first text in double quotes, of any script, that isn't blank in a record's prompt.
 
     Raises ValueError if there is none.
     """
-    texts = re.findall(r'["“]([^"“”]*)["”]', record["prompt"])
-    for text in texts:
-        if text.strip():
+    for quoted in re.findall(QUOTED, record["prompt"]):
+        text = quoted[1:-1]
+        if plain(text):
             return text
     hint = 'ocr needs a text in double quotes, such as a sign "407"'
     raise ValueError(f"{hint}, but got {record['prompt']}")
@@ -66,16 +72,25 @@ def ocr_engine(height: int, width: int) -> RapidOCR:
 def threads() -> int:
     """How many images are read at once.
 
-    That is torch's number of threads. But torchrun sets it to 1, so there it is the number of cores
-    for each of its processes.
+    That is torch's number of threads. But of several processes, torchrun sets it to 1, and without
+    torchrun each would take all cores. So there it is the number of cores for each process.
     """
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        return max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"]))
+    # Only torchrun tells how many there are on this machine. Without it, all might be.
+    processes = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1
+    if int(processes) > 1:
+        return max(1, os.cpu_count() // int(processes))
     return torch.get_num_threads()
 
 
 def without_spaces(text: str) -> str:
     return "".join(text.split())
+
+
+def plain(text: str) -> str:
+    """The text without spaces and case, in one of the spellings that look the same."""
+    visible = [c for c in text if unicodedata.category(c) != "Cf"]  # no soft hyphens and the like
+    text = "".join(visible).translate(LOOKALIKES)
+    return without_spaces(unicodedata.normalize("NFKC", text).casefold())
 
 
 def read(images: Tensor) -> list[str]:
@@ -97,8 +112,8 @@ def reward(images: Tensor, prompts: list[str], metadata: list[dict]) -> dict[str
     """
     scores = []
     for prompt, reading in zip(prompts, read(images)):
-        target = without_spaces(quoted_text({"prompt": prompt})).lower()
-        text = reading.lower()
+        target = plain(quoted_text({"prompt": prompt}))
+        text = plain(reading)
         distance = 0 if target in text else Levenshtein.distance(text, target)
         scores.append(1 - min(distance, len(target)) / len(target))
     accuracies = [float(score == 1) for score in scores]

@@ -34,7 +34,7 @@ import geneval
 import ocr
 import pickscore
 
-from test_flow_grpo import pretended_gpu
+from tests.pretended_gpu import pretended_gpu
 
 HERE = Path(__file__).resolve().parent
 BENCH = {"class": "bench", "count": 1}
@@ -130,22 +130,27 @@ def test_each_image_is_read_whatever_the_number_of_threads(monkeypatch):
     assert ocr.read(small_signs(*texts)) == texts
 
 
-THREADS = [  # torch's threads, cores, processes by torchrun if any, images read at once
-    (4, 8, None, 4),
-    (1, 8, 2, 4),
-    (1, 8, 3, 2),
-    (1, 2, 8, 1),
+THREADS = [  # torch's threads, cores, processes in all, those on this machine, images at once
+    (4, 8, None, None, 4),
+    (4, 8, "", "", 4),
+    (4, 8, "1", "1", 4),
+    (1, 8, "2", "2", 4),  # by torchrun
+    (1, 8, "16", "3", 2),
+    (1, 2, "8", "8", 1),
+    (8, 8, "2", None, 4),  # without torchrun
 ]
 
 
-@pytest.mark.parametrize("of_torch, cores, processes, expected", THREADS)
-def test_under_torchrun_a_process_has_its_part_of_the_cores(
-    monkeypatch, of_torch, cores, processes, expected
+@pytest.mark.parametrize("of_torch, cores, in_all, local, expected", THREADS)
+def test_each_of_several_processes_has_its_part_of_the_cores(
+    monkeypatch, of_torch, cores, in_all, local, expected
 ):
     monkeypatch.setattr(torch, "get_num_threads", lambda: of_torch)
     monkeypatch.setattr("os.cpu_count", lambda: cores)
-    if processes:
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    for name, value in {"WORLD_SIZE": in_all, "LOCAL_WORLD_SIZE": local}.items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
     assert ocr.threads() == expected
 
 
@@ -166,26 +171,6 @@ def test_pp_ocr_sees_pixels_of_8_bits_in_bgr(monkeypatch):
 @pytest.mark.parametrize("height, finds_lines", [(64, False), (65, True)])
 def test_only_images_higher_than_64_pixels_are_searched_for_lines(height, finds_lines):
     assert ocr.ocr_engine(height, 128).use_det == finds_lines
-
-
-def test_pp_ocr_does_not_enlarge_images():
-    settings = ocr.ocr_engine(96, 128).cfg
-    assert settings.Det.limit_type == "max"
-    assert settings.Det.limit_side_len == 128
-
-
-def test_pp_ocr_does_not_widen_short_lines():
-    settings = ocr.ocr_engine(32, 64).cfg
-    assert settings.Rec.rec_img_shape == [3, 48, 48]
-
-
-def test_pp_ocr_is_loaded_once_per_size():
-    assert ocr.ocr_engine(32, 64) is ocr.ocr_engine(32, 64)
-
-
-def test_pp_ocr_uses_one_thread_per_image():
-    settings = ocr.ocr_engine(32, 64).cfg
-    assert settings.EngineConfig.onnxruntime.intra_op_num_threads == 1
 
 
 def test_signs_are_scored():
@@ -212,6 +197,18 @@ def test_the_score_comes_first_and_an_empty_image_scores_0():
         ("grand hotel", "GrandHotelOPEN", 1),  # whatever its spaces and case
         ("Grand\u2003HOTEL", "grandhotel", 1),
         ("COFFEES", "coffee", 1 - 1 / 7),
+        ("CAFÉ", "CAFE\u0301", 1),  # Unicode's NFC and NFD
+        ("cafe\xad\u0301", "café", 1),
+        ("co\u200bop\ufeff", "co\xadop", 1),  # what can't be seen
+        ("don’t", "don't", 1),
+        ("don´t", "don‘t", 1),
+        ("ＡＢ１", "ab1", 1),  # full width
+        ("№ 1™", "no1tm", 1),
+        ("1990–95", "1990-95", 1),
+        ("a—b", "a−b", 1),
+        ("❤\ufe0f", "❤", 1),
+        ("CAFÉ", "CAFE", 3 / 4),  # which looks different
+        ("a-b", "ab", 2 / 3),
     ],
 )
 def test_ocr_score_is_the_papers(quoted, read, score, monkeypatch):
@@ -234,6 +231,22 @@ def test_large_signs_are_scored():
         ('a “b" and "c”', "b"),
         ('a " " and "902"', "902"),  # A blank text doesn't count.
         ('first "b", then "c"', "b"),
+        ("a „b“ and „c“", "b"),
+        ("a ”b” and ”c”", "b"),
+        ("a «b» and «c»", "b"),
+        ("a »b« and »c«", "b"),
+        ("a 「b」 and 「c」", "b"),
+        ("a 『b』 and 『c』", "b"),
+        ("a ＂b＂ and ＂c＂", "b"),
+        ('a 24" screen that shows "HELLO"', "HELLO"),  # inches
+        ('"LOVE" on a 7" record', "LOVE"),
+        ("a 24” screen that shows “HELLO”", "HELLO"),
+        ("a 24“ screen that shows „HELLO“", "HELLO"),
+        ("a 24＂ screen that shows 「HELLO」", "HELLO"),
+        ('写着"你好"的招牌', "你好"),
+        ("写着“你好”的招牌", "你好"),
+        ("第3「他说“你好”」", "他说“你好”"),
+        ('"\u200b\xad" and "902"', "902"),
     ],
 )
 def test_quoted_text_is_the_first_that_is_not_blank(prompt, text):
@@ -241,7 +254,10 @@ def test_quoted_text_is_the_first_that_is_not_blank(prompt, text):
     ocr.check({"prompt": prompt})
 
 
-@pytest.mark.parametrize("prompt", ["a sign '407'", 'a sign "407', 'a sign " "', ""])
+@pytest.mark.parametrize(
+    "prompt",
+    ["a sign '407'", 'a sign "407', 'a sign " "', 'a sign "\u200b"', 'a 7" or 24" screen', ""],
+)
 def test_a_prompt_without_a_quoted_text_is_refused(prompt):
     sentence = f'ocr needs a text in double quotes, such as a sign "407", but got {prompt}'
     with pytest.raises(ValueError) as error:
