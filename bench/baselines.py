@@ -1,7 +1,7 @@
 """What is Flow-GRPO compared with? Three other ways to learn from the same images, online.
 
 Supervised fine-tuning (SFT), reward-weighted regression (RWR) and Flow-DPO each take the place of
-`flow_grpo.update`. They take as many optimiser steps as that, and see each image that they use at
+`flow_grpo.optimize`. They take as many optimiser steps as that, and see each image that they use at
 seven times.
 
 Notation. P groups with K images each. `error` [P, K] is each image's flow-matching error, the mean
@@ -51,10 +51,10 @@ def train_times(generator: torch.Generator) -> list[float]:
     return shifted.tolist()
 
 
-def add_gradient(run, loss_of, texts, prompts, images, advantages, generator) -> float:
+def add_gradient(run, loss_of, texts, records, images, advantages, generator) -> float:
     """Add the gradient of the loss's mean over the times. Returns that mean.
 
-    images: [P, K, C, H, W]; prompts: P * K; advantages: [P, K].
+    images: [P, K, C, H, W]; records: P * K; advantages: [P, K].
     """
     transformer = run.pipe.transformer
     noise_shape = [len(images), 1, *run.latent_shape]  # A group's images share the noise.
@@ -64,7 +64,7 @@ def add_gradient(run, loss_of, texts, prompts, images, advantages, generator) ->
         noise = torch.randn(noise_shape, generator=generator).to(flow_grpo.DEVICE)
         x = (1 - t) * images + t * noise
         target = noise - images
-        velocity = flow_grpo.velocity_along(run, [t], texts, prompts)
+        velocity = flow_grpo.velocity_along(run, [t], texts, records)
 
         def error():
             difference = velocity(x.flatten(0, 1), 0) - target.flatten(0, 1)
@@ -83,8 +83,8 @@ def add_gradient(run, loss_of, texts, prompts, images, advantages, generator) ->
     return total
 
 
-def update(loss_of: Callable, run, samples) -> dict[str, float]:
-    """The epoch's optimiser steps by one of the three losses, in place of flow_grpo.update."""
+def optimize(loss_of: Callable, run, samples) -> dict[str, float]:
+    """The epoch's optimiser steps by one of the three losses, in place of flow_grpo.optimize."""
     config = run.config
     seed = Random(f"{config.seed} {run.epoch}").getrandbits(63)
     generator = torch.Generator().manual_seed(seed)
@@ -105,15 +105,15 @@ def update(loss_of: Callable, run, samples) -> dict[str, float]:
     for chunk in groups.tensor_split(config.updates_per_epoch):
         if len(chunk) == 0:
             continue
-        prompts = []
+        records = []
         for group in chunk.tolist():
-            record = samples.records[group * config.group_size]
-            prompts += [record["prompt"]] * per_group
+            first = group * config.group_size
+            records += samples.records[first : first + per_group]
         loss = add_gradient(
             run,
             loss_of,
             samples.texts,
-            prompts,
+            records,
             images[chunk].to(flow_grpo.DEVICE),
             advantages[chunk].to(flow_grpo.DEVICE),
             generator,

@@ -38,10 +38,10 @@ from tqdm import tqdm
 
 GOAL = 0.85  # the accuracy that `minutes to accuracy` is about
 UPDATES = {
-    "Flow-GRPO": flow_grpo.update,
-    "SFT": partial(baselines.update, baselines.sft_loss),
-    "RWR": partial(baselines.update, baselines.rwr_loss),
-    "Flow-DPO": partial(baselines.update, baselines.dpo_loss),
+    "Flow-GRPO": flow_grpo.optimize,
+    "SFT": partial(baselines.optimize, baselines.sft_loss),
+    "RWR": partial(baselines.optimize, baselines.rwr_loss),
+    "Flow-DPO": partial(baselines.optimize, baselines.dpo_loss),
 }
 
 # ---- The variants of each claim, by what differs from these settings.
@@ -49,7 +49,7 @@ DEFAULTS = {
     **vars(flow_grpo.TINY),
     "model": "tiny-sd3",
     "prompt_file": "prompts.txt",
-    "steps": 10,  # flow_grpo.TRAIN_STEPS
+    "steps": 10,  # flow_grpo.ROLLOUT_DENOISING_STEPS
     "update": "Flow-GRPO",
 }
 LONG = {"epochs": 60, "eval_every": 10}
@@ -65,10 +65,10 @@ CLAIMS = {
     # The KL is divided by std^2 and multiplied by |dt|, so that one beta would be another penalty
     # in each variant of `steps` and `noise`. The noise of `steps` ends at t = .45 to .50.
     "steps": {
-        "5 steps": NO_KL | {"steps": 5, "sde_steps": 3, "sde_range": 3},
-        "10 steps": NO_KL | {"steps": 10, "sde_steps": 7, "sde_range": 7},
-        "20 steps": NO_KL | {"steps": 20, "sde_steps": 15, "sde_range": 15},
-        "40 steps": NO_KL | {"steps": 40, "sde_steps": 30, "sde_range": 30},
+        "5 steps": NO_KL | {"steps": 5, "sde_steps": 3, "sde_last_step": 3},
+        "10 steps": NO_KL | {"steps": 10, "sde_steps": 7, "sde_last_step": 7},
+        "20 steps": NO_KL | {"steps": 20, "sde_steps": 15, "sde_last_step": 15},
+        "40 steps": NO_KL | {"steps": 40, "sde_steps": 30, "sde_last_step": 30},
     },
     "kl": {
         "beta 0": LONG | {"beta": 0.0},
@@ -108,7 +108,9 @@ for name, method in {"Flow-GRPO": SHORT, "SFT": SFT, "RWR": RWR, "Flow-DPO": DPO
 def read_records(path: Path) -> list[dict]:
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # Older records have another name for a setting.
+    text = path.read_text(encoding="utf-8").replace('"sde_range"', '"sde_last_step"')
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def add_record(path: Path, record: dict) -> None:
@@ -144,7 +146,7 @@ def runs_left(claims: list[str], only: list[str], seeds: list[int], records: lis
 def start(settings: dict, folder: Path) -> flow_grpo.Run:
     """The run with these settings, as far as it has come in this folder."""
     given = dict(settings)
-    flow_grpo.TRAIN_STEPS = given.pop("steps")
+    flow_grpo.ROLLOUT_DENOISING_STEPS = given.pop("steps")
     del given["update"]
     given["model"] = str(flow_grpo.HERE / given["model"])
     given["prompt_file"] = str(flow_grpo.HERE / given["prompt_file"])
@@ -157,15 +159,11 @@ def start(settings: dict, folder: Path) -> flow_grpo.Run:
         prompts = [make.PROMPT.format(number) for number in tuning_numbers]
         path.write_text("\n".join(prompts * 2), encoding="utf-8")
         given["eval_prompt_file"] = str(path)
-    config = flow_grpo.Config(**given)
-    reward = flow_grpo.load_reward(config.reward)
-    prompts = flow_grpo.split_prompts(config, reward)
-    run = flow_grpo.prepare(config, flow_grpo.load_pipeline(config.model), reward, *prompts)
+    state = None
     checkpoint = folder / "checkpoint.pt"
     if checkpoint.exists():
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        flow_grpo.restore(run, state)
-    return run
+        state = torch.load(checkpoint, map_location=flow_grpo.DEVICE, weights_only=True)
+    return flow_grpo.start(flow_grpo.Config(**given), state)
 
 
 def evaluations(metrics: list[dict]) -> list[dict]:
@@ -208,12 +206,11 @@ def measure(settings: dict, path: Path) -> None:
     folder = path.parent / claim / name / f"seed-{settings['seed']}"
     print(folder, flush=True)
     run = start(settings, folder)
+    flow_grpo.optimize = UPDATES[settings["update"]]
     diverged = False
     try:
-        flow_grpo.train(run, UPDATES[settings["update"]])
-    except flow_grpo.UserError as e:
-        if flow_grpo.DIVERGED not in str(e):
-            raise
+        flow_grpo.train(run)
+    except flow_grpo.Diverged as e:
         diverged = True
         print(e)
     if not any(record["claims"].get(claim) == "base model" for record in read_records(path)):

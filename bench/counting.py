@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 from models import RECIPES, flow_grpo, make_run, needed_flops
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
@@ -39,6 +39,12 @@ CLIP_G = CLIPTextConfig(
 T5_XXL = T5Config(
     d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
 )
+# Tensors without data can't be asked. So all images have an advantage, and statistics are 0.
+ANSWERS = {
+    "nonzero": lambda advantages: advantages,
+    "tolist": lambda advantages: list(range(len(advantages))),
+    "__float__": lambda statistic: 0.0,
+}
 
 
 class Allocations(TorchDispatchMode):
@@ -77,19 +83,22 @@ class Allocations(TorchDispatchMode):
 
 
 def update_step(run: flow_grpo.Run, batch_size: int) -> None:
-    """One denoising step of the update of a batch, then the decoding of as many images."""
+    """One denoising step of the training on a batch, then the decoding of as many images."""
     prompt = run.train_records[0]
     samples = flow_grpo.Samples(
         records=[prompt] * batch_size,
         texts=flow_grpo.encode(run, [prompt]),
         times=[0.5, 0.4],
-        trained=range(1),
+        window=range(1),
         latents=torch.randn(batch_size, 2, *run.latent_shape),
         log_probs=torch.randn(batch_size, 1),
-        columns={},
+        columns={"reward": torch.randn(batch_size)},
     )
-    images = list(range(batch_size))
-    flow_grpo.add_gradient(run, samples, images, torch.randn(batch_size), batch_size)
+    with (
+        mock.patch.object(flow_grpo, "optimizer_step", lambda run: 0.0),
+        mock.patch.multiple(FakeTensor, **ANSWERS),
+    ):
+        flow_grpo.optimize(run, samples)
     flow_grpo.decode(run.pipe.vae, samples.latents[:, -1])
 
 
@@ -131,8 +140,8 @@ def count_memory(batch_sizes: list[int], checkpointing: bool) -> tuple[float, di
         for recipe in ("published", "fast"):
             run.config = replace(flow_grpo.Config(), **RECIPES[recipe])
             for batch_size in batch_sizes:
-                config = replace(run.config, batch_size=batch_size)
-                run.config = config
+                size = {"batch_size": batch_size, "group_size": batch_size}
+                run.config = replace(run.config, updates_per_epoch=1, **size)
                 peaks[recipe, batch_size] = allocations.peak_of(update_step, run, batch_size)
     del moments
     return always, peaks, run

@@ -1,83 +1,81 @@
 #!/usr/bin/env bash
-# What does this machine's GPU do? In 30 minutes, the most valuable first:
+# What does this machine's GPU do? In 5 minutes, the most valuable first:
 #
-#     bench/gpu.sh [FOLDER [PART...]]
+#     bench/gpu.sh FOLDER [PART...]
 #
-# tests      the tests that need a GPU
-# speed      rollout and update of SD3.5 Medium, with random weights, in small batches
-# run        the embedded model's default run
-# processes  the first epochs of that run by torchrun, with one process and with one for each GPU;
-#            where there is one GPU, two processes share it
-# large      SD3.5 Medium in large batches
-# epoch      a whole epoch of SD3.5 Medium by the fast recipe
+# tests           the tests that need a GPU, but for those that compile
+# speed           rollout and update of SD3.5 Medium, with random weights, by the published recipe
+# variants        the same in large batches, by the fast recipe, and with --gradient-checkpointing
+# compile         the same with --compile
+# run             the embedded model's default run, as far as it comes
+# processes       three epochs of that run by torchrun, with two processes
+# compiled-tests  the other tests that need a GPU
 #
-# Without PART, it runs all of these. Each has a time limit, and writes to FOLDER/PART.txt as it
-# goes. A part that fails stops no other. Without a GPU, or with SMALL=1, the same parts run from
-# end to end at a size for a CPU. FOLDER is runs/DEVICE-DATE by default, and PYTHON names the
-# interpreter.
+# Without PART, it runs all of these. Each part writes to FOLDER/PART.txt as it goes, and one that
+# fails stops no other. A part is stopped (exit status 124) at its second, counted from the start of
+# this script. So the next part has what time is left over. With SMALL=1, all run from end to end at
+# a size for a CPU, and have 20 times as long. PYTHON names the interpreter.
 set -uo pipefail
-mkdir -p "${1:-bench}" && folder=$(cd "${1:-bench}" && pwd)
-given=$#
-cd "$(dirname "$0")/.." || exit 1
+all="tests speed variants compile run processes compiled-tests"
+mkdir -p "${1:?give a folder for the results}" && folder=$(cd "$1" && pwd) || exit 2
+cd "$(dirname "$0")/.." || exit 2
+shift
+parts=" ${*:-$all} "
+for name in $parts; do
+    [[ " $all " == *" $name "* ]] || { echo "error: $name is none of $all" >&2; exit 2; }
+done
 python=${PYTHON:-python}
-device=$("$python" -c 'from torch.cuda import *; print(get_device_name() if is_available() else "CPU")')
-[ -n "$device" ] || { echo "error: $python can't import torch: name another by PYTHON=" >&2; exit 2; }
-gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-[ "$device" = CPU ] && SMALL=1
 small=${SMALL:-}
-if [ "$given" -gt 0 ]; then
-    shift
-else
-    folder=$PWD/runs/${device// /-}${small:+-small}-$(date +%Y%m%d-%H%M%S)
-fi
-mkdir -p "$folder"
-parts=("${@:-all}")
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+export PYTHONUNBUFFERED=1
 
 {
-    echo "device: $gpus x $device${small:+, small sizes}"
-    echo "commit: $(git describe --always --dirty 2>/dev/null)"
+    echo "commit $(git describe --always --dirty 2>/dev/null)${small:+, small sizes}"
     command -v nvidia-smi >/dev/null &&
-        nvidia-smi --query-gpu=name,driver_version,memory.total,power.limit --format=csv
+        nvidia-smi --query-gpu=name,driver_version,memory.total,power.limit --format=csv,noheader
     "$python" - <<'PYTHON'
 import os, platform
 from importlib.metadata import version
-import torch
-print("cores:", os.cpu_count(), " python", platform.python_version(), " CUDA", torch.version.cuda)
+print(os.cpu_count(), "cores, Python", platform.python_version())
 for name in "torch diffusers transformers peft accelerate rapidocr onnxruntime".split():
     print(name, version(name))
 PYTHON
-} 2>&1 | tee "$folder/machine.txt"
+} 2>&1 | tee "$folder/summary.txt"
 
-part() {  # NAME SECONDS COMMAND...
-    local name=$1 limit=$2 start=$SECONDS code
+part() {  # NAME SECOND COMMAND...
+    local name=$1 start=$SECONDS
+    local limit=$(($2 * (${#small} ? 20 : 1) - start))
     shift 2
-    [[ " ${parts[*]} " = *" $name "* || ${parts[0]} = all ]] || return 0
-    echo "== $name, at most $limit s: ${*/#$python/python}" | tee "$folder/$name.txt"
-    timeout -k 10 "$limit" "$@" 2>&1 | tee -a "$folder/$name.txt"
-    code=${PIPESTATUS[0]}
-    echo "$name: exit status $code after $((SECONDS - start)) s" | tee -a "$folder/summary.txt"
+    [[ $parts == *" $name "* ]] || return
+    echo "$*" >"$folder/$name.txt"
+    timeout -k 5 "$limit" "$@" >>"$folder/$name.txt" 2>&1
+    echo "exit status $? after $((SECONDS - start)) s" >>"$folder/$name.txt"
+    cat "$folder/$name.txt"
+    echo "$name: $(tail -n 1 "$folder/$name.txt")" >>"$folder/summary.txt"
 }
 
-speed=("$python" bench/throughput.py)
-run=("$python" flow_grpo.py --model tiny-sd3 --output-dir "$folder/run")
-processes=("${speed[@]}" --processes 1 "$((gpus > 1 ? gpus : 2))")
-export PYTHONUNBUFFERED=1
-part tests 300 "$python" -m pytest -v -rs test_flow_grpo.py -k gpu
-if [ -n "$small" ]; then
-    head -n 8 prompts.txt >"$folder/prompts.txt"
-    part speed 600 "${speed[@]}" --model small --batch-sizes 1 --repetitions 1
-    part run 300 "${run[@]}" --prompt-file "$folder/prompts.txt" --epochs 1 --prompts-per-epoch 2 \
-        --group-size 4 --batch-size 4
-    part processes 300 "${processes[@]}" --images 2x4 --batch-sizes 4
-    part large 300 "${speed[@]}" --model small --batch-sizes 2 --repetitions 1 --loops flow_grpo
-    part epoch 300 "${speed[@]}" --model small --batch-sizes 2 --repetitions 1 --loops flow_grpo \
-        --recipe fast --images 2x3
-else
-    part speed 420 "${speed[@]}" --batch-sizes 1 4 --repetitions 2
-    part run 300 "${run[@]}" --prompt-file prompts.txt
-    part processes 120 "${processes[@]}"
-    part large 300 "${speed[@]}" --batch-sizes 8 16 --repetitions 1
-    part epoch 360 "${speed[@]}" --batch-sizes 8 --repetitions 1 --loops flow_grpo --recipe fast \
-        --images 48x24
+head -n 1 prompts.txt >"$scratch/one.txt"  # An evaluation of it takes no time.
+many=16
+tests=("$python" -m pytest -v -rs -m skipif tests/test_gpu.py -k)
+throughput=("$python" bench/throughput.py)
+default=(flow_grpo.py --model tiny-sd3 --prompt-file prompts.txt)
+run=("$python" "${default[@]}" --output-dir "$scratch/run")
+processes=("$python" -m torch.distributed.run --standalone --nproc-per-node 2 "${default[@]}"
+    --output-dir "$scratch/processes" --eval-prompt-file "$scratch/one.txt" --epochs 3)
+if [ "$small" ]; then
+    many=2
+    throughput+=(--model small)
+    run+=(--epochs 1 --eval-prompt-file "$scratch/one.txt")
+    processes+=(--prompts-per-epoch 2 --group-size 4 --batch-size 4)
 fi
+large=("${throughput[@]}" --recipes fast published --batch-sizes "$many" --repetitions 1)
+part tests 60 "${tests[@]}" "False]"
+part speed 100 "${throughput[@]}" --batch-sizes 4 --repetitions 2 --loops flow_grpo
+part variants 170 "${large[@]}" --loops flow_grpo checkpointing
+part compile 205 "${large[@]}" --loops compile
+part run 250 "${run[@]}"
+[ ! -e "$scratch/run" ] || cat "$scratch/run/metrics.jsonl" >>"$folder/run.txt"
+part processes 283 "${processes[@]}"
+part compiled-tests 294 "${tests[@]}" "True]"
 cat "$folder/summary.txt"

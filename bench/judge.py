@@ -87,7 +87,7 @@ def draw_images(folder: Path, base: bool, prompts: list[str], first_seed: int) -
     pipe.set_progress_bar_config(disable=True)
     if not base:
         pipe.load_lora_weights(folder)
-    how = {"num_inference_steps": flow_grpo.EVAL_STEPS, "output_type": "pt"}
+    how = {"num_inference_steps": flow_grpo.EVAL_DENOISING_STEPS, "output_type": "pt"}
     for name in ("height", "width", "guidance_scale", "max_sequence_length"):
         how[name] = config[name]
     drawn = []

@@ -50,11 +50,11 @@ SETTINGS = {
 RECIPES = {
     "published": {},
     "guidance-1": {"guidance_scale": 1.0},
-    "window-3-of-5": {"sde_steps": 3, "sde_range": 5},
+    "window-3-of-5": {"sde_steps": 3, "sde_last_step": 5},
     "fast": {
         "guidance_scale": 1.0,
         "sde_steps": 3,
-        "sde_range": 5,
+        "sde_last_step": 5,
         "beta": 0.0,
         "clip_range": 1e-5,
     },
@@ -122,11 +122,12 @@ def needed_flops(run: flow_grpo.Run) -> tuple[int, int]:
         transformer = SD3Transformer2DModel.from_config(run.pipe.transformer.config)
         x = torch.randn(1, *run.latent_shape)
         text = [torch.randn(1, *part.shape) for part in texts[""]]
+        timestep = torch.zeros(1)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        flow_grpo.predict_velocity(transformer, x, 0.5, text, text, guidance_scale=1)
+        transformer(x, *text, timestep)
     forward = counter.get_total_flops()
     passes = 2 if config.guidance_scale > 1 else 1
     reference = passes if config.beta > 0 else 0
     backward = 1
     trained = config.sde_steps * (passes + reference + backward)
-    return forward * passes * flow_grpo.TRAIN_STEPS, forward * trained
+    return forward * passes * flow_grpo.ROLLOUT_DENOISING_STEPS, forward * trained

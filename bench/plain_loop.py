@@ -15,7 +15,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from flow_grpo import DEVICE, TRAIN_STEPS, gaussian_kl, group_advantages, grpo_loss, sde_step
+import flow_grpo
+from flow_grpo import DEVICE, gaussian_kl, group_advantages, grpo_loss, sde_step
 
 
 @dataclass
@@ -87,10 +88,10 @@ def decode(vae, latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def collect(run) -> list[Batch]:
+def sample(run) -> list[Batch]:
     """Draw an epoch's images, with noise in the first `sde_steps` steps, and score them."""
     config = run.config
-    run.pipe.scheduler.set_timesteps(TRAIN_STEPS)
+    run.pipe.scheduler.set_timesteps(flow_grpo.ROLLOUT_DENOISING_STEPS)
     times = run.pipe.scheduler.sigmas.tolist()
     generator = torch.Generator(DEVICE).manual_seed(run.epoch)
     prompts = []
@@ -103,7 +104,7 @@ def collect(run) -> list[Batch]:
         shape = [len(batch), *run.latent_shape]
         latents = [torch.randn(shape, generator=generator, device=DEVICE)]
         log_probs = []
-        for k in range(TRAIN_STEPS):
+        for k in range(flow_grpo.ROLLOUT_DENOISING_STEPS):
             x = latents[k]
             v = predict_velocity(run, x, times[k], text)
             noise_level = config.noise_level if k < config.sde_steps else 0.0
@@ -117,7 +118,7 @@ def collect(run) -> list[Batch]:
     return batches
 
 
-def update(run, batches: list[Batch]) -> dict[str, float]:
+def optimize(run, batches: list[Batch]) -> dict[str, float]:
     """One optimiser step on all of the samples."""
     config = run.config
     transformer = run.pipe.transformer

@@ -17,6 +17,13 @@ RESULTS = Path(__file__).resolve().parent / "results"
 QUICK = {"epochs": 2, "prompts_per_epoch": 2, "group_size": 4, "batch_size": 8, "eval_every": 1}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def hidden_gpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flow_grpo, "DEVICE", "cpu")
+        yield
+
+
 # ---- The losses of the baselines, on five groups of four images.
 def some(seed):
     generator = torch.Generator().manual_seed(seed)
@@ -76,7 +83,7 @@ def test_dpo_pulls_to_the_best_and_away_from_the_worst():
     assert torch.allclose(error.grad, expected)
 
 
-# ---- The baselines' updates, on two groups of four images.
+# ---- The baselines' optimiser steps, on two groups of four images.
 @pytest.fixture(scope="module")
 def run():
     model = str(flow_grpo.HERE / "tiny-sd3")
@@ -92,7 +99,7 @@ def run():
 
 @pytest.fixture(scope="module")
 def samples(run):
-    return flow_grpo.collect(run)
+    return flow_grpo.sample(run)
 
 
 @pytest.fixture
@@ -114,7 +121,7 @@ def scored(samples, rewards):
 
 
 def random_numbers(run):
-    """What the update draws: the order of the groups, then times, and noise at each time."""
+    """What a baseline draws: the order of the groups, then times, and noise at each time."""
     seed = flow_grpo.Random(f"{run.config.seed} {run.epoch}").getrandbits(63)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(2, generator=generator).tolist()
@@ -232,6 +239,15 @@ def test_the_tables_in_results_are_those_of_the_records():
     assert tables == (RESULTS / "claims.md").read_text(encoding="utf-8")
 
 
+def test_the_default_run_has_the_settings_of_the_recorded_ones():
+    records = claims.read_records(RESULTS / "claims.jsonl")
+    for record in claims.runs_of("gain", records)["Flow-GRPO"]:
+        settings = record["settings"]
+        settings["batch_size"] = flow_grpo.TINY.batch_size  # It changes speed and noise alone.
+        expected = claims.DEFAULTS | claims.LONG | {"seed": record["seed"]}
+        assert settings == {name: expected[name] for name in settings}
+
+
 def test_of_two_records_with_the_same_seed_the_last_counts():
     records = [{"claims": {"gain": "Flow-GRPO"}, "seed": 0, "commit": commit} for commit in "ab"]
     assert claims.runs_of("gain", records) == {"Flow-GRPO": records[1:]}
@@ -265,19 +281,19 @@ def tried(tmp_path_factory):
     variants = {
         "SFT": claims.SFT | QUICK,
         "A": QUICK,
-        "5 steps": QUICK | {"steps": 5, "sde_steps": 3, "sde_range": 3},
+        "5 steps": QUICK | {"steps": 5, "sde_steps": 3, "sde_last_step": 3},
         "far": QUICK | {"learning_rate": 1e9},
     }
-    collect = flow_grpo.collect
+    sample = flow_grpo.sample
     judge = claims.judge
     drawn = []  # the number of steps of each rollout
     judged = []
 
-    def collect_or_stop(run):
-        drawn.append(flow_grpo.TRAIN_STEPS)
+    def sample_or_stop(run):
+        drawn.append(flow_grpo.ROLLOUT_DENOISING_STEPS)
         if len(drawn) == 4:
             raise KeyboardInterrupt
-        return collect(run)
+        return sample(run)
 
     def judge_or_stop(folder, **how):
         judged.append(folder)
@@ -293,9 +309,10 @@ def tried(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         split = prompts(range(120, 128)), prompts(range(340, 348))
         patch.setattr(flow_grpo, "split_prompts", lambda *_: split)
-        patch.setattr(flow_grpo, "EVAL_STEPS", 2)
-        patch.setattr(flow_grpo, "TRAIN_STEPS", 10)
-        patch.setattr(flow_grpo, "collect", collect_or_stop)
+        patch.setattr(flow_grpo, "EVAL_DENOISING_STEPS", 2)
+        patch.setattr(flow_grpo, "ROLLOUT_DENOISING_STEPS", 10)
+        patch.setattr(flow_grpo, "optimize", flow_grpo.optimize)  # Both are changed, then put back.
+        patch.setattr(flow_grpo, "sample", sample_or_stop)
         patch.setattr(claims, "judge", judge_or_stop)
         patch.setattr(claims, "CLAIMS", {"steps": variants})
         stops = []
@@ -328,6 +345,15 @@ def test_no_epoch_is_drawn_twice_but_the_interrupted_one(tried):
 def test_a_run_that_diverges_stops_no_other(tried):
     diverged = [record["claims"]["steps"] for record in lines_of(tried) if record["diverged"]]
     assert diverged == ["far"]
+
+
+@pytest.mark.parametrize("name, loss", [("SFT", "loss"), ("A", "policy_loss")])
+def test_each_method_trains_its_own_run(tried, name, loss):
+    text = (tried.out / "steps" / name / "seed-0" / "metrics.jsonl").read_text()
+    metrics = [json.loads(line) for line in text.splitlines()]
+    epochs = [line for line in metrics if "reward" in line]
+    assert len(epochs) == 2
+    assert all(loss in line for line in epochs)
 
 
 def test_a_record_has_all_settings(tried):

@@ -5,8 +5,8 @@
     python bench/throughput.py --model small       # the GPU's path, at a size for a CPU
     python bench/throughput.py --processes 1 2     # the embedded model's epoch by 1 and 2 processes
 
-It drives the functions that train, and `plain`, the loop of plain_loop.py. A row is of one loop at
-one batch size. It has the images per second of the rollout, of the update and of both, as the
+It drives the functions that train, and `plain`, the loop of plain_loop.py. A row is of one recipe,
+batch size and loop. It has the images per second of the rollout, of the update and of both, as the
 median, the least and the most of the repetitions; the GPU's peak memory; TFLOP/s, by the work that
 the algorithm needs, and their share of what a large matrix product sustains here; the
 `ratio_deviation` of the first update; and the seconds that the model's default epoch would take at
@@ -25,6 +25,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -38,11 +39,11 @@ BATCH_SIZES = {"sd3.5-medium": [1, 2, 4, 8], "small": [2], "tiny-sd3": [flow_grp
 LOOPS = {
     "plain": {},
     "flow_grpo": {},
+    "checkpointing": {"gradient_checkpointing": True},
     "compile": {"compile": True},
-    "checkpointing": {"compile": True, "gradient_checkpointing": True},
 }
-HEADER = """loop, batch, rollout (images/s), update (images/s), both (images/s), peak GB, TFLOP/s,
-    share, ratio - 1, epoch (s)""".split(",")
+HEADER = """recipe, loop, batch, rollout (images/s), update (images/s), both (images/s), peak GB,
+    TFLOP/s, share, ratio - 1, epoch (s)""".split(",")
 
 
 def now() -> float:
@@ -80,9 +81,9 @@ def matmul_rate() -> float:
 def time_round(run: flow_grpo.Run, loop) -> tuple[float, float, dict]:
     """Seconds of a rollout and an update, and the update's statistics."""
     start = now()
-    samples = loop.collect(run)
+    samples = loop.sample(run)
     middle = now()
-    stats = loop.update(run, samples)
+    stats = loop.optimize(run, samples)
     end = now()
     return middle - start, end - middle, stats
 
@@ -94,9 +95,9 @@ def rate(images: int, seconds: list[float]) -> str:
 
 
 def columns_of(run: flow_grpo.Run, loop, repetitions: int, matmul: float) -> list[str]:
-    """The cells of a row, after a round of one prompt that warms up."""
+    """The cells of a row, after a round that warms up, of one prompt and one trained step."""
     config = run.config
-    run.config = replace(config, prompts_per_epoch=1)
+    run.config = replace(config, prompts_per_epoch=1, sde_steps=1)
     time_round(run, loop)
     run.config = config
     rollouts = []
@@ -129,16 +130,17 @@ def columns_of(run: flow_grpo.Run, loop, repetitions: int, matmul: float) -> lis
     ]
 
 
-def measure(name: str, batch_size: int, make: Callable, repetitions: int, matmul: float) -> None:
+def measure(labels: list, make: Callable, repetitions: int, matmul: float) -> None:
     """Print a row of the table. A row that fails, as for want of memory, stops no other."""
-    loop = plain_loop if name.startswith("plain") else flow_grpo
+    loop = plain_loop if labels[1].startswith("plain") else flow_grpo
     try:
-        columns = columns_of(make(batch_size=batch_size), loop, repetitions, matmul)
+        columns = columns_of(make(), loop, repetitions, matmul)
+    except torch.OutOfMemoryError:
+        columns = ["out of memory"]
     except Exception as e:
-        if flow_grpo.why(e) != flow_grpo.OUT_OF_MEMORY:
-            traceback.print_exc()
+        traceback.print_exc()
         columns = [flow_grpo.why(e)]
-    print_row([name, batch_size, *columns])
+    print_row([*labels, *columns])
     torch.compiler.reset()
     gc.collect()  # A compiled block refers to itself.
     if CUDA:
@@ -184,7 +186,7 @@ def main() -> None:
     parser.add_argument("--model", choices=SETTINGS, default="sd3.5-medium")
     parser.add_argument("--batch-sizes", type=int, nargs="+", help="by default the model's")
     parser.add_argument("--loops", choices=LOOPS, nargs="+", help="tiny-sd3: plain and flow_grpo")
-    parser.add_argument("--recipe", choices=RECIPES, default="published")
+    parser.add_argument("--recipes", choices=RECIPES, nargs="+", default=["published"])
     parser.add_argument("--images", help="prompts x images, as 48x24; by default two batches")
     parser.add_argument("--repetitions", type=int, default=3, help="after one that warms up")
     parser.add_argument("--processes", type=int, nargs="+", help="compare these numbers instead")
@@ -204,24 +206,24 @@ def main() -> None:
     if args.model == "sd3.5-medium" and not CUDA:
         sys.exit("error: SD3.5 Medium needs a CUDA GPU: give --model tiny-sd3 or --model small")
     matmul = matmul_rate()
-    print(f"{args.model}, {args.recipe} recipe, on {device}, torch {torch.__version__}")
+    print(f"{args.model} on {device}, torch {torch.__version__}")
     print(f"A large matrix product sustains {matmul / 1e12:.3g} TFLOP/s.\n")
     print_header(HEADER)
     batch_sizes = args.batch_sizes or BATCH_SIZES[args.model]
     # On a CPU, compiling takes minutes, and checkpoints save no memory that is short.
     loops = args.loops or list(LOOPS)[: 2 if tiny else 4]
-    for batch_size in batch_sizes:
+    for recipe, batch_size, loop in product(args.recipes, batch_sizes, loops):
         prompts, images = map(int, args.images.split("x")) if args.images else (1, 2 * batch_size)
-        size = {"prompts_per_epoch": prompts, "group_size": images}
-        for loop in loops:
-            make = partial(make_run, args.model, **size, **RECIPES[args.recipe], **LOOPS[loop])
-            measure(loop, batch_size, make, args.repetitions, matmul)
+        size = dict(prompts_per_epoch=prompts, group_size=images, batch_size=batch_size)
+        make = partial(make_run, args.model, **size, **RECIPES[recipe], **LOOPS[loop])
+        measure([recipe, loop, batch_size], make, args.repetitions, matmul)
     if tiny and not args.images:
         read_signs = flow_grpo.Reward("ocr", plain_loop.read_signs, lambda record: None)
         rewards = {"plain": read_signs, "flow_grpo": flow_grpo.load_reward("ocr")}
         for loop, reward in rewards.items():
-            make = partial(make_run, args.model, reward)
-            measure(f"{loop}, epoch with OCR", batch_sizes[0], make, args.repetitions, matmul)
+            make = partial(make_run, args.model, reward, batch_size=batch_sizes[0])
+            labels = ["published", f"{loop}, epoch with OCR", batch_sizes[0]]
+            measure(labels, make, args.repetitions, matmul)
         print()
         compare_processes([1, 2], [])
 

@@ -129,7 +129,7 @@ def test_a_short_run_learns(tmp_path, monkeypatch):
     """By the command line, with the real reward, on a number that is often drawn wrong."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(flow_grpo, "DEVICE", "cpu")
-    monkeypatch.setattr(flow_grpo, "EVAL_STEPS", 4)
+    monkeypatch.setattr(flow_grpo, "EVAL_DENOISING_STEPS", 4)
     Path("train.txt").write_text(PROMPTS[12])
     flags = """
         --prompt-file train.txt --eval-prompt-file train.txt --output-dir out --epochs 6
