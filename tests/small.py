@@ -1,0 +1,473 @@
+"""What the tests share: small random models in the hub's format, and small runs of them."""
+
+import json
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+import transformers
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers import StableDiffusion3Pipeline as StockPipeline
+from filelock import FileLock
+from safetensors.torch import load_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.utils._pytree import tree_flatten
+
+import flow_grpo
+from flow_grpo import Config, load_pipeline, load_reward, main, prepare
+
+HERE = Path(flow_grpo.__file__).parent
+EVAL_STEPS = 4  # in place of 40
+PROMPTS = [f'a "{i}"' for i in range(8)]
+
+
+@pytest.fixture(autouse=True)
+def hidden_gpu(request, monkeypatch):
+    """Only tests that are marked `needs_gpu`, or have a fixture `gpu`, see a GPU."""
+    marked = request.node.get_closest_marker("skipif")
+    if not marked and "gpu" not in request.fixturenames:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(flow_grpo, "DEVICE", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def unloaded_rewards(monkeypatch):
+    """After each test, the reward's files that it has loaded are unknown to `import` again."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    known = set(sys.modules)
+    yield
+    for name in set(sys.modules) - known:
+        path = getattr(sys.modules[name], "__file__", None) or ""
+        if path and not path.startswith((str(HERE), sys.prefix, sys.base_prefix)):
+            del sys.modules[name]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def write(path, *lines):
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+# ---- Small random models in the hub's format.
+def random_clip(words, projection):
+    config = transformers.CLIPTextConfig(
+        vocab_size=words,
+        hidden_size=16,
+        intermediate_size=16,
+        max_position_embeddings=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        projection_dim=projection,
+    )
+    encoder = transformers.CLIPTextModelWithProjection(config)
+    # By default, all texts would be nearly the same to it.
+    torch.nn.init.normal_(encoder.text_model.embeddings.token_embedding.weight)
+    return encoder
+
+
+def random_t5(width):
+    pieces = [(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>", "▁")]
+    tokenizer = transformers.T5TokenizerFast(vocab=pieces, extra_ids=0)
+    config = transformers.T5Config(
+        vocab_size=4, d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+    )
+    return transformers.T5EncoderModel(config), tokenizer
+
+
+def random_autoencoder(channels, blocks):
+    return AutoencoderKL(
+        block_out_channels=(8,) * blocks,
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        latent_channels=channels,
+        norm_num_groups=4,
+        scaling_factor=1.2,
+        shift_factor=0.1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+SMALL_NETWORK = {
+    "sample_size": 8,
+    "num_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "caption_projection_dim": 16,
+    "joint_attention_dim": 32,
+    "pos_embed_max_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "qk_norm": "rms_norm",
+    "dual_attention_layers": (0,),
+}
+
+
+def save_random_pipeline(folder, t5=True, pooled=(16, 16), blocks=2, **network):
+    torch.manual_seed(0)
+    sizes = SMALL_NETWORK | network
+    channels = sizes["in_channels"]
+    characters = [chr(c) for c in range(33, 127)]
+    ends = [c + "</w>" for c in characters]
+    words = ["<|startoftext|>", "<|endoftext|>", *characters, *ends]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=12)
+    first_clip = random_clip(len(words), pooled[0])
+    second_clip = random_clip(len(words), pooled[1])
+    t5_parts = random_t5(sizes["joint_attention_dim"])
+    autoencoder = random_autoencoder(channels, blocks)
+    transformer = SD3Transformer2DModel(
+        out_channels=channels, pooled_projection_dim=sum(pooled), **sizes
+    )
+    pipe = StockPipeline(
+        transformer,
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        autoencoder,
+        first_clip,
+        tokenizer,
+        second_clip,
+        tokenizer,
+        *(t5_parts if t5 else (None, None)),
+    )
+    pipe.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """The folder of a model with T5. Its sibling is one without."""
+    folder = tmp_path_factory.getbasetemp()
+    save_random_pipeline(folder / "with-T5")
+    save_random_pipeline(folder / "without-T5", t5=False)
+    return folder / "with-T5"
+
+
+# ---- Small runs of them.
+REWARDS = """
+import torch
+
+number = 3
+scale = torch.nn.Parameter(torch.ones(()))
+
+
+def red(images, prompts, records):
+    assert [record["prompt"] for record in records] == prompts
+    assert 0 <= images.min() and images.max() <= 1
+    redness = images[:, 0] - images[:, 1:].mean(1)
+    scores = scale.to(images.device) * redness.mean((1, 2))
+    return scores.cpu().numpy()  # numpy() refuses what has a gradient
+
+
+def two(images, prompts, records):
+    return {"first": red(images, prompts, records), "second": [0.25] * len(images)}
+
+
+def named(images, prompts, records):
+    return {"first": [0.25] * len(images), "reward": red(images, prompts, records)}
+
+
+def uneven(images, prompts, records):
+    scores = {"first": [1.0] * len(images)}
+    return {**scores, "second": [1.0] * len(images)} if 'a "5"' in prompts else scores
+
+
+def nan(images, prompts, records):  # but not of the blank image that all runs begin with
+    bad = float("nan") if images.any() else 1.0
+    return [bad if '"5"' in prompt else 1.0 for prompt in prompts]
+
+
+def wide(images, prompts, records):
+    return torch.zeros(len(images), 2)
+
+
+def nothing(images, prompts, records):
+    return {}
+
+
+def broken(images, prompts, records):
+    return 1 / 0
+
+
+def leaves(images, prompts, records):
+    exit(0)
+
+
+def greedy(images, prompts, records):  # changes what it is given
+    scores = red(images, prompts, records)
+    images.zero_()
+    prompts.clear()
+    for record in records:
+        del record["prompt"]
+    records.clear()
+    return scores
+
+
+def check(record):
+    if "ugly" in record["prompt"]:
+        raise ValueError("ugly things can't be judged")
+"""
+SMALL = {
+    "reward": "rewards.py:red",
+    "epochs": 3,
+    "prompts_per_epoch": 2,
+    "group_size": 4,
+    "batch_size": 3,
+    "guidance_scale": 2.0,
+    "height": 16,
+    "width": 16,
+    "max_sequence_length": 5,
+    "learning_rate": 1e-2,
+    "eval_every": 2,
+    "lora_rank": 4,
+    "ema_interval": 1,
+}
+# Its place is drawn anew in each epoch.
+WINDOW = {"sde_steps": 3, "sde_last_step": 5, "guidance_scale": 1.0, "ema_interval": 2}
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """An empty folder with rewards and prompts, in which a test runs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(flow_grpo, "EVAL_DENOISING_STEPS", EVAL_STEPS)
+    Path("rewards.py").write_text(REWARDS)
+    write("prompts.txt", *PROMPTS)
+
+
+def arguments(model, out="out", **given):
+    """The command line of a small run."""
+    flags = {"prompt_file": "prompts.txt", "model": model, "output_dir": out, **SMALL, **given}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+
+
+def small_run(model, active=True, half=False, **given):
+    """A small run as `prepare` makes it. If it is active, the adapter changes the images.
+
+    Half: as on a GPU, all but the autoencoder is in float16.
+    """
+    config = Config(model=str(model), output_dir="out", **SMALL | given)
+    pipe = load_pipeline(config.model)
+    if half:
+        pipe.to(torch.float16)
+        pipe.vae.to(torch.float32)
+    records = [{"prompt": prompt} for prompt in PROMPTS]
+    run = prepare(config, pipe, load_reward(config.reward), records[:4], records[4:])
+    if active:
+        generator = seeded(1)
+        for p, average in zip(run.parameters, run.ema.shadow_params):
+            p.data = torch.randn(p.shape, generator=generator).to(p.device) * 0.1
+            average.copy_(p)
+    return run
+
+
+def metrics(out="out"):
+    lines = Path(out, "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def stock_images(model, run, lora=None, output_type="pt", **options):
+    """What diffusers' pipeline draws for a run's evaluation prompts, with the weights in `lora`."""
+    if model.name == "without-T5":
+        options |= {"text_encoder_3": None, "tokenizer_3": None}
+    pipe = StockPipeline.from_pretrained(model, **options).to(flow_grpo.DEVICE)
+    if lora:
+        pipe.load_lora_weights(lora)
+    config = run.config
+    prompts = [record["prompt"] for record in run.eval_records]
+    output = pipe(
+        prompts,
+        height=config.height,
+        width=config.width,
+        num_inference_steps=EVAL_STEPS,
+        guidance_scale=config.guidance_scale,
+        generator=[seeded(i) for i in range(len(prompts))],
+        output_type=output_type,
+        max_sequence_length=config.max_sequence_length,
+    )
+    return output.images
+
+
+def to_go_on(folder):
+    return f"; to go on: python flow_grpo.py --resume '{folder}'"
+
+
+def only_error(stderr):
+    """The one sentence in it."""
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, stderr
+    return errors[0]
+
+
+def error_of(args, capsys):
+    """The one sentence by which a run ends that its user can mend."""
+    capsys.readouterr()
+    assert main(args) == 2
+    stderr = capsys.readouterr().err
+    assert "Traceback" not in stderr
+    assert stderr.endswith(f"{only_error(stderr)}\n")
+    return only_error(stderr)
+
+
+# ---- Processes of their own.
+def environment():
+    """Of a process that computes as this one does."""
+    threads = str(torch.get_num_threads())
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads, "PYTHONPATH": str(HERE)}
+    return os.environ | hidden
+
+
+def start(*command):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *command], env=environment(), **pipes)
+
+
+def copied(tensors):
+    return [t.detach().clone() for t in tensors]
+
+
+def joined(tensors):
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=seeded(seed))
+
+
+def close(got, expected, rtol=1e-4, atol=1e-5):
+    torch.testing.assert_close(got, expected, rtol=rtol, atol=atol, check_dtype=False)
+
+
+# ---- Runs in several processes, and what runs leave: for test_runs.py and test_processes.py.
+def left_by(folder):
+    """All that a run leaves that doesn't tell when and where it was."""
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    for name in ("output_dir", "model", "resume"):
+        state["config"].pop(name)
+    assert state["metrics"] == metrics(folder)
+    for line in state["metrics"]:
+        line.pop("seconds_rollout", None)
+        line.pop("seconds_update", None)
+    state["adapter"] = load_file(folder / "pytorch_lora_weights.safetensors")
+    pictures = sorted(folder.glob("samples/*.png"))
+    state["pictures"] = {path.name: path.read_bytes() for path in pictures}
+    return state
+
+
+def same_run(one, other):
+    """Whether two runs have left the same, to the last bit."""
+    leaves, names = tree_flatten(left_by(Path(one)))
+    other_leaves, other_names = tree_flatten(left_by(Path(other)))
+    assert names == other_names
+    for leaf, other_leaf in zip(leaves, other_leaves):
+        if isinstance(leaf, torch.Tensor):
+            assert torch.equal(leaf, other_leaf)
+        else:
+            assert leaf == other_leaf
+    return True
+
+
+def made_once(tmp_path_factory, name, make, *given):
+    """A folder, which the first of pytest's workers makes. The others wait for it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            make(folder, *given)
+    return folder
+
+
+LOADED = "tests.small diffusers.training_utils matplotlib.figure peft torchvision.utils".split()
+
+
+@contextmanager
+def forked(function, *args):
+    """A process that calls the function. It is forked from one that has loaded all packages."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LOADED)  # which takes 7 s, once
+    process = context.Process(target=function, args=args)
+    with mock.patch.dict(os.environ, environment()):
+        process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+def script(args, variables=()):
+    """What `python flow_grpo.py ARGS` does. It adds to the files `stdout` and `stderr`."""
+    os.environ.update(variables)
+    for descriptor, name in enumerate(("stdout", "stderr"), 1):
+        file = open(name, "a", buffering=1)  # noqa: SIM115
+        os.dup2(file.fileno(), descriptor)
+        setattr(sys, name, file)
+    sys.argv = ["flow_grpo.py", *args]
+    runpy.run_path(str(HERE / "flow_grpo.py"), run_name="__main__")
+
+
+def two_scripts(args):
+    """What `torchrun --standalone --nproc-per-node 2 flow_grpo.py ARGS` does."""
+    size = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 2, "max_restarts": 0}
+    meeting = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "two"}
+    elastic_launch(LaunchConfig(**size, **meeting, start_method="fork"), script)(args)
+
+
+def wait_for(process, text, path):
+    """Until the file has the text, or the process has ended."""
+    while process.is_alive() and not (path.exists() and text in path.read_text()):
+        time.sleep(0.01)
+
+
+def watched_run(name, args):
+    """A run's exit code. NAME.RANK.pt tells what this process drew, differentiated, and wrote."""
+    seen = {"samples": [], "gradients": [], "files": []}
+    original = SimpleNamespace(**vars(flow_grpo))
+
+    def sample(run):
+        samples = original.sample(run)
+        kept = {"latents": samples.latents, "log_probs": samples.log_probs}
+        seen["samples"].append(kept | {"columns": samples.columns})
+        return samples
+
+    def optimizer_step(run):
+        own = gradient_of(run)
+
+        def before_the_step(*_):
+            seen["gradients"].append({"own": own, "summed": gradient_of(run)})
+
+        hook = run.optimizer.register_step_pre_hook(before_the_step)
+        norm = original.optimizer_step(run)
+        hook.remove()
+        return norm
+
+    def write_file(path, write):
+        def write_and_tell(temporary):
+            seen["files"].append(path.name)
+            write(temporary)
+
+        original.write_file(path, write_and_tell)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flow_grpo, "EVAL_DENOISING_STEPS", EVAL_STEPS)
+        for replacement in (sample, optimizer_step, write_file):
+            patch.setattr(flow_grpo, replacement.__name__, replacement)
+        code = main(args)
+    torch.save(seen, f"{name}.{flow_grpo.RANK}.pt")
+    return code
+
+
+def gradient_of(run):
+    return joined(torch.zeros_like(p) if p.grad is None else p.grad for p in run.parameters)

@@ -1,0 +1,295 @@
+"""Several processes, as torchrun starts them, against one; and what a run prints to."""
+
+import io
+import json
+import os
+import re
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import flow_grpo
+from flow_grpo import main
+from tests.small import (
+    HERE,
+    REWARDS,
+    WINDOW,
+    arguments,
+    environment,
+    error_of,
+    forked,
+    joined,
+    made_once,
+    metrics,
+    only_error,
+    same_run,
+    script,
+    start,
+    to_go_on,
+    two_scripts,
+    wait_for,
+    watched_run,
+)
+
+# ---- Two processes against one.
+WORKER = """
+import json
+import sys
+
+from tests.small import watched_run
+
+for name, args in json.loads(sys.argv[1]).items():
+    code = watched_run(name, args)
+sys.exit(code)
+"""
+LATE = """
+import itertools
+import os
+import signal
+
+calls = itertools.count(1)
+
+
+def due():  # in process 1 alone, after the blank image, the first evaluation and the first epoch
+    return os.environ.get("RANK") == "1" and next(calls) == 4
+
+
+def late_nan(images, prompts, records):
+    scores = red(images, prompts, records)
+    if due():
+        scores[0] = float("nan")
+    return scores
+
+
+def late_kill(images, prompts, records):
+    if due():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return red(images, prompts, records)
+"""
+
+
+@pytest.fixture
+def late(work):
+    Path("late.py").write_text(REWARDS + LATE)
+
+
+def make_teams(folder, model, monkeypatch):
+    shutil.copytree(".", folder)
+    monkeypatch.chdir(folder)
+    assert main(arguments(model, "begun", epochs=1)) == 0
+    shutil.copytree("begun", "one")
+    shutil.copytree("begun", "two")
+    assert watched_run("one", ["--resume=one", "--epochs=2"]) == 0
+    large = {"epochs": 1, "batch_size": 8}
+    assert watched_run("lone", arguments(model, "lone", **large)) == 0
+    runs = {
+        "two": ["--resume=two", "--epochs=2"],
+        "idle": arguments(model, "idle", **large),
+        "nan": arguments(model, "nan", reward="late.py:late_nan"),
+    }
+    Path("worker.py").write_text(WORKER)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = start(*torchrun, "worker.py", json.dumps(runs))
+    stdout, stderr = process.communicate()
+    assert process.returncode != 0
+    Path("stdout").write_text(stdout)
+    Path("stderr").write_text(stderr)
+
+
+@pytest.fixture
+def teams(model, tmp_path_factory, late, monkeypatch):
+    """A folder of runs on one process and on two, with what these saw, and what was printed.
+
+    begun: an epoch on one process; one, two: one more on one process, and on two;
+    lone, idle: an epoch of batches as large as it is, on one process, and on two;
+    nan: on two processes, of which one fails.
+    """
+    folder = made_once(tmp_path_factory, "teams", make_teams, model, monkeypatch)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def seen(run, rank):
+    return torch.load(f"{run}.{rank}.pt", weights_only=True)
+
+
+def parameters(run):
+    state = torch.load(f"{run}/checkpoint.pt", weights_only=True)
+    return joined(state["parameters"].values())
+
+
+def distance(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def test_two_processes_draw_the_images_of_one_and_have_all_rewards(teams):
+    (one,) = seen("one", 0)["samples"]
+    for rank in range(2):
+        (drawn,) = seen("two", rank)["samples"]
+        own = [i for i in range(8) if i // 3 % 2 == rank]  # 3 images in a batch
+        for name in ("latents", "log_probs"):
+            assert torch.equal(drawn[name][own], one[name][own])
+        assert drawn["columns"].keys() == one["columns"].keys()
+        assert all(map(torch.equal, drawn["columns"].values(), one["columns"].values()))
+
+
+def test_gradients_are_summed_over_the_processes(teams):
+    both = [seen("two", rank)["gradients"] for rank in range(2)]
+    for first, second in zip(*both, strict=True):
+        assert torch.equal(first["summed"], first["own"] + second["own"])
+        assert torch.equal(first["summed"], second["summed"])
+        assert first["own"].norm() > 0
+        assert second["own"].norm() > 0
+
+
+def test_two_processes_have_the_gradients_of_one(teams):
+    one = seen("one", 0)["gradients"]
+    two = seen("two", 0)["gradients"]
+    assert len(one) == 2  # optimiser steps
+    for expected, got in zip(one, two, strict=True):
+        assert distance(got["summed"], expected["summed"]) < 1e-4
+
+
+# Where a mean is much smaller than its terms, or counts those beyond a limit.
+ROUNDING = {"policy_loss": 1e-7, "clipfrac": 0.02, "ratio_deviation": 1e-5}
+
+
+def test_two_processes_have_the_metrics_of_one(teams):
+    for one, two in zip(metrics("one"), metrics("two"), strict=True):
+        assert one.keys() == two.keys()
+        for name in one:
+            if "seconds" not in name:
+                rounding = ROUNDING.get(name)
+                assert two[name] == pytest.approx(one[name], rel=1e-3, abs=rounding), name
+
+
+def test_two_processes_evaluate_like_one(teams):
+    assert metrics("nan")[0]["eval_reward"] == metrics("begun")[0]["eval_reward"]
+    picture = "samples/epoch_00000.png"
+    assert Path("nan", picture).read_bytes() == Path("begun", picture).read_bytes()
+
+
+def test_a_process_without_a_batch_changes_nothing(teams):
+    assert not any(gradient["own"].any() for gradient in seen("idle", 1)["gradients"])
+    assert same_run("idle", "lone")
+
+
+def test_a_run_of_two_processes_goes_on_with_one(teams, tmp_path):
+    for name in ("one", "two"):
+        shutil.copytree(name, tmp_path / name)
+        assert main([f"--resume={tmp_path / name}", "--epochs=3"]) == 0
+    assert distance(parameters(tmp_path / "two"), parameters(tmp_path / "one")) < 1e-4
+
+
+def test_process_0_alone_writes_and_prints(teams):
+    for run in ("two", "idle"):
+        assert "checkpoint.pt" in seen(run, 0)["files"]
+        assert not seen(run, 1)["files"]
+        assert not list(Path(run).glob(".*"))
+    printed = Path("stdout").read_text()
+    assert len(re.findall("^epoch 2: .* kl ", printed, re.MULTILINE)) == 1
+
+
+# ---- What ends one ends all.
+def one_error(stderr):
+    """The one sentence of two processes. torchrun adds a report of its own."""
+    assert 'flow_grpo.py", line' not in stderr
+    return only_error(stderr)
+
+
+def test_a_nan_in_one_process_ends_both_with_one_sentence(teams):
+    error = one_error(Path("stderr").read_text())
+    assert re.search("the reward late failed .*not finite", error)
+    assert error.endswith(to_go_on("nan"))
+
+
+def test_a_run_goes_on_after_a_nan_in_one_process(teams, tmp_path):
+    shutil.copytree("nan", tmp_path / "nan")
+    assert main([f"--resume={tmp_path / 'nan'}"]) == 0
+    assert metrics(tmp_path / "nan")[-1]["epoch"] == 3
+
+
+def test_a_process_that_is_killed_ends_both_with_one_sentence(model, late):
+    """Without --output-dir, too, both are in one folder."""
+    with forked(two_scripts, arguments(model, "", reward="late.py:late_kill")) as process:
+        process.join()
+    (folder,) = Path("runs").iterdir()
+    assert one_error(Path("stderr").read_text()).endswith(to_go_on(folder))
+    assert main([f"--resume={folder}"]) == 0
+    assert metrics(folder)[-1]["epoch"] == 3
+
+
+def test_bad_input_is_said_by_one_process(model, work):
+    with forked(two_scripts, arguments(model, prompt_file="none.txt")) as process:
+        process.join()
+    assert "none.txt" in one_error(Path("stderr").read_text())
+    assert not Path("out").exists()
+
+
+# ---- Processes that torchrun hasn't started.
+ALONE = [{"RANK": "1"}, {"WORLD_SIZE": "", "RANK": ""}, {"LOCAL_RANK": "1", "WORLD_SIZE": "1"}]
+
+
+@pytest.mark.parametrize("variables", ALONE, ids=str)
+def test_a_process_alone_trains_alone(model, work, capsys, monkeypatch, variables):
+    """Whatever a cluster's manager has set."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    fresh_main = runpy.run_path(str(HERE / "flow_grpo.py"))["main"]
+    assert fresh_main(arguments(model, **WINDOW | {"epochs": 1})) == 0
+    assert metrics()[-1]["epoch"] == 1
+    assert "epoch 1: reward " in capsys.readouterr().out
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_says_that_it_waits_for_others_and_a_signal_ends_it(work, number):
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with forked(script, [], {"WORLD_SIZE": "2", "RANK": "0", **address}) as process:
+        wait_for(process, "waits for the others", Path("stderr"))
+        os.kill(process.pid, number)
+        process.join(timeout=10)
+        assert process.exitcode in (-number, 130)
+
+
+def test_a_process_that_can_not_find_the_others_says_so(work, model, capsys, monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setattr(flow_grpo, "PROCESSES", 2)
+    error = error_of(arguments(model), capsys)
+    assert re.search("join the other processes: .*unset WORLD_SIZE", error)
+
+
+# ---- Where a run's output goes.
+ACCENTED = "für_später"
+
+
+def test_a_run_goes_on_without_a_stdout(model, work, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it after `>&-`
+    assert main(arguments(model, **WINDOW | {"epochs": 1})) == 0
+
+
+def test_a_run_goes_on_with_a_stdout_in_ascii(model, work, monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert main(arguments(model, ACCENTED, **WINDOW | {"epochs": 1})) == 0
+    assert b"epoch 1: reward " in stdout.buffer.getvalue()
+
+
+def test_a_run_goes_on_without_a_stderr(model, work):
+    script = [HERE / "flow_grpo.py", *arguments(model, ACCENTED, **WINDOW | {"epochs": 1})]
+    closed = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, *script]
+    done = subprocess.run(closed, env=environment() | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0
+    assert metrics(ACCENTED)[-1]["epoch"] == 1

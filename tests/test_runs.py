@@ -1,0 +1,499 @@
+"""A run: what it leaves, its folder, its interruption, its continuation, and what fails in it."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+from collections import Counter
+from contextlib import redirect_stdout
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+import flow_grpo
+from flow_grpo import (
+    Config,
+    UserError,
+    load_pipeline,
+    load_reward,
+    main,
+    score_images,
+    split_prompts,
+)
+from tests.small import (
+    HERE,
+    SMALL,
+    WINDOW,
+    arguments,
+    environment,
+    error_of,
+    forked,
+    left_by,
+    metrics,
+    same_run,
+    script,
+    small_run,
+    start,
+    to_go_on,
+    wait_for,
+    watched_run,
+)
+
+# ---- What a run leaves.
+FILES = """checkpoint.pt config.json curve.png eval_prompts.jsonl metrics.jsonl
+    pytorch_lora_weights.safetensors samples/epoch_00000.png samples/epoch_00002.png
+    samples/epoch_00003.png""".split()
+FOR_THE_FILE = "ratio_mean clipfrac approx_kl policy_loss grad_norm ratio_deviation trained".split()
+
+
+@pytest.fixture
+def finished(model, work):
+    """The folder of a run by `two` of rewards.py. The file `printed` beside it has what it said.
+
+    The first test that asks for it makes it, and the others share it.
+    """
+    folder = model.with_name("finished")
+    if not folder.exists():
+        with open(model.with_name("printed"), "w") as stdout, redirect_stdout(stdout):
+            given = {"reward": "rewards.py:two", "seed": 3}
+            assert main(arguments(model.with_name("without-T5"), folder, **given)) == 0
+    return folder
+
+
+def test_a_run_leaves_these_files_and_no_lock(finished):
+    files = [path for path in finished.rglob("*") if path.is_file()]
+    assert {str(path.relative_to(finished)) for path in files} == set(FILES)
+
+
+def test_a_run_measures_each_epoch_and_evaluates_before_on_the_way_and_after(finished):
+    kinds = [(m["epoch"], "reward" in m, "eval_reward" in m) for m in metrics(finished)]
+    evaluations = [(0, False, True), (2, False, True), (3, False, True)]
+    epochs = [(1, True, False), (2, True, False), (3, True, False)]
+    assert sorted(kinds) == sorted(evaluations + epochs)
+    assert [epoch for epoch, _, _ in kinds] == [0, 1, 2, 2, 3, 3]
+
+
+def test_an_epochs_metrics_have_the_rewards_columns_and_the_updates_statistics(finished):
+    epochs = [line for line in metrics(finished) if "reward" in line]
+    for line in epochs:
+        assert line["first"] == line["reward"]
+        assert line["second"] == 0.25
+        for name in ("kl", "grad_norm", "seconds_rollout", "seconds_update"):
+            assert line[name] > 0
+        assert line["ratio_deviation"] < 1e-5
+        assert line["trained"] == 1
+        assert set(FOR_THE_FILE) < set(line)
+
+
+def test_a_run_prints_what_matters_most(finished):
+    """The column `first` is the reward, so it isn't printed again."""
+    printed = finished.with_name("printed").read_text()
+    for line in metrics(finished):
+        names = "reward second kl seconds_rollout seconds_update".split()
+        if "eval_reward" in line:
+            names = ["eval_reward", "eval_second"]
+        values = ".*".join(f" {name} {line[name]:.3g}" for name in names)
+        (shown,) = re.findall(f"^epoch {line['epoch']}:{values}$", printed, re.MULTILINE)
+        assert not any(name in shown for name in FOR_THE_FILE)
+
+
+def test_an_epochs_printed_line_fits_a_terminal(model, work, capsys):
+    run = small_run(model, epochs=500)
+    run.epoch = 500
+    scores = {"reward": 0.123456} | {f"a_part_of_it_{i}": i / 7 for i in range(20)}
+    flow_grpo.log(run, scores, kl=1e-5, seconds_rollout=123.456, seconds_update=654.321)
+    line = capsys.readouterr().out
+    assert line.startswith("epoch 500: reward 0.123 ")
+    assert len(line.rstrip("\n")) <= 100
+    assert line.count("\n") == 1
+
+
+def test_a_rewards_only_column_may_be_named_reward(model, work):
+    shutil.copy("rewards.py", "reward.py")
+    assert main(arguments(model, reward="reward.py:red", epochs=1)) == 0
+
+
+def test_the_config_file_has_all_settings(finished):
+    saved = json.loads((finished / "config.json").read_text())
+    model = str(finished.with_name("without-T5"))
+    given = {"reward": "rewards.py:two", "seed": 3, "model": model, "prompt_file": "prompts.txt"}
+    assert saved == vars(Config(output_dir=str(finished), **SMALL | given))
+
+
+def test_the_prompts_of_evaluations_are_saved(finished):
+    lines = (finished / "eval_prompts.jsonl").read_text().splitlines()
+    _, eval_records = split_prompts(Config("prompts.txt"), load_reward("rewards.py:red"))
+    assert [json.loads(line) for line in lines] == eval_records
+
+
+def test_between_evaluations_there_are_pictures_each_20_epochs(model, work, monkeypatch):
+    run = small_run(model, epochs=65, eval_every=30)
+    run.eval_records *= 10
+    samples = SimpleNamespace(records=run.eval_records, columns={})
+    scores = {"eval_reward": 1.0, "eval_red": 1.0}
+    evaluate = Mock(return_value=(scores, torch.rand(1, 3, 16, 16)))
+    monkeypatch.setattr(flow_grpo, "evaluate", evaluate)
+    monkeypatch.setattr(flow_grpo, "sample", lambda run: samples)
+    monkeypatch.setattr(flow_grpo, "optimize", lambda run, samples: {"kl": 0.0})
+    monkeypatch.setattr(flow_grpo, "save", lambda run: None)
+    flow_grpo.train(run)
+    drawn = sorted(int(path.stem[-5:]) for path in Path("out/samples").iterdir())
+    assert drawn == [0, 20, 30, 40, 60, 65]
+    assert [len(call.args[1]) for call in evaluate.call_args_list] == [40, 16, 40, 16, 40, 40]
+    evaluations = [line["epoch"] for line in run.metrics if "eval_reward" in line]
+    assert evaluations == [0, 30, 60, 65]
+
+
+def test_the_curve_shows_the_reward_of_epochs_and_of_evaluations(model, work):
+    run = small_run(model)
+    pictures = set()
+    for reward, eval_reward in [(0.1, 0.1), (0.3, 0.1), (0.1, 0.3)]:
+        run.metrics = [{"epoch": 0, "eval_reward": 0.1}, {"epoch": 0, "reward": 0.1}]
+        run.metrics += [{"epoch": 1, "reward": reward}, {"epoch": 1, "eval_reward": eval_reward}]
+        flow_grpo.write_pictures(run, torch.rand(1, 3, 16, 16))
+        pictures.add(Path("out/curve.png").read_bytes())
+    assert len(pictures) == 3
+
+
+# ---- A run has its folder alone.
+@pytest.mark.parametrize("instant", ["load_pipeline", "train"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_second_run_in_a_folder_is_refused(model, work, capsys, monkeypatch, instant, resume):
+    """At the instant, the first run calls the function below."""
+
+    def start_a_second_run(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(flow_grpo, "load_pipeline", Mock(side_effect=AssertionError))
+            second.append(error_of(["--resume=out"] if resume else arguments(model), capsys))
+        return first_goes_on(*args)
+
+    second = []
+    monkeypatch.setattr(flow_grpo, "train", lambda run: None)
+    first_goes_on = getattr(flow_grpo, instant)
+    monkeypatch.setattr(flow_grpo, instant, start_a_second_run)
+    assert main(arguments(model)) == 0
+    assert re.search(" out: .*another run", second[0])
+
+
+REFUSED = [
+    {"reward": "rewards.py:broken"},
+    {"prompt_file": "none.txt"},
+    {"sde_steps": 10},
+    {"height": 17},
+]
+
+
+@pytest.mark.parametrize("given", REFUSED, ids=str)
+def test_a_run_that_can_not_start_leaves_no_folder(model, work, capsys, given):
+    error_of(arguments(model, "new/out", **given), capsys)
+    assert not Path("new").exists()
+
+
+# ---- Interrupted equals uninterrupted, bit for bit.
+@pytest.fixture
+def whole(model, work):
+    """The folder of a run that nothing interrupted, which tests share."""
+    folder = model.with_name("whole")
+    if not folder.exists():
+        assert main(arguments(model, folder, **WINDOW)) == 0
+    return folder
+
+
+# The first is in the third epoch, the others are in the second and in the evaluation after it.
+INSTANTS = [
+    ("rollout", 12),
+    ("score_images", 8),
+    ("optimizer_step", 4),
+    ("evaluate", 2),
+    ("checkpoint.pt", 4),
+    ("pytorch_lora_weights.safetensors", 4),
+]
+
+
+@pytest.mark.parametrize("name, call", INSTANTS)
+def test_interrupted_equals_uninterrupted(whole, model, monkeypatch, capsys, name, call):
+    """The call of a function, or the writing of a file, is the one that Ctrl-C interrupts."""
+    calls = Counter()
+
+    def write_file(path, write):
+        calls[path.name] += 1
+        original(path, cut if path.name == name and calls[name] == call else write)
+
+    def function(*args, **kwargs):
+        calls[name] += 1
+        if calls[name] == call:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    replaced = "write_file" if "." in name else name
+    original = getattr(flow_grpo, replaced)
+    monkeypatch.setattr(flow_grpo, replaced, write_file if "." in name else function)
+    assert main(arguments(model, "cut", **WINDOW)) == 130
+    assert capsys.readouterr().err.endswith(f"error: interrupted by a signal{to_go_on('cut')}\n")
+    assert [line["epoch"] for line in metrics("cut")][-1] in (1, 2)
+    monkeypatch.setattr(flow_grpo, replaced, original)
+    assert main(["--resume=cut"]) == 0
+    assert same_run("cut", whole)
+
+
+def cut(path):
+    path.write_bytes(b"half a file")
+    raise KeyboardInterrupt
+
+
+def test_killed_equals_uninterrupted(whole, model, capsys):
+    with forked(watched_run, "killed", arguments(model, "cut", **WINDOW)) as process:
+        wait_for(process, '"kl"', Path("cut/metrics.jsonl"))
+        os.kill(process.pid, signal.SIGSTOP)
+        assert "another run" in error_of(["--resume=cut"], capsys)
+    assert process.exitcode == -signal.SIGKILL
+    assert main(["--resume=cut"]) == 0
+    assert same_run("cut", whole)
+    assert not list(Path("cut").glob(".*lock*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_with_one_sentence(model, work, number):
+    with forked(script, arguments(model, "cut", **WINDOW | {"epochs": 1000})) as process:
+        wait_for(process, '"kl"', Path("cut/metrics.jsonl"))
+        os.kill(process.pid, number)
+        process.join()
+    assert process.exitcode == 130
+    assert Path("stderr").read_text() == f"error: interrupted by a signal{to_go_on('cut')}\n"
+
+
+def test_ctrl_c_while_the_packages_load_ends_without_a_traceback(tmp_path, monkeypatch):
+    loading = tmp_path / "loading"
+    endless = f"import pathlib, time; pathlib.Path({str(loading)!r}).touch(); time.sleep(600)"
+    (tmp_path / "torch.py").write_text(endless)
+    path = {"PYTHONPATH": str(tmp_path)}
+    monkeypatch.setattr("tests.small.environment", lambda: environment() | path)
+    process = start(HERE / "flow_grpo.py")
+    while process.poll() is None and not loading.exists():
+        pass
+    process.send_signal(signal.SIGINT)
+    assert process.communicate() == ("", "")
+    assert process.returncode == -signal.SIGINT
+
+
+# ---- Resumed runs.
+def snapshot(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def resumable(whole):
+    """A copy of a finished run, in ./out."""
+    shutil.copytree(whole, "out")
+
+
+def test_a_run_can_be_prolonged(whole, model, capsys):
+    assert main(arguments(model, "out", **WINDOW | {"epochs": 2})) == 0
+    capsys.readouterr()
+    assert main(["--resume=out", "--epochs=3"]) == 0
+    first_line = capsys.readouterr().out.splitlines()[0]
+    assert re.match(f"Training {model} .*, after 2 epochs", first_line)
+    assert same_run("out", whole)
+
+
+def test_a_run_can_not_be_shortened(resumable, capsys):
+    before = snapshot("out")
+    assert "--epochs can't be 1" in error_of(["--resume=out", "--epochs=1"], capsys)
+    assert snapshot("out") == before
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is(resumable, whole):
+    before = snapshot(whole)
+    assert main(["--resume=out", "--epochs=4"]) == 0
+    assert metrics("out")[-1]["epoch"] == 4
+    assert snapshot(whole) == before
+
+
+def test_a_run_goes_on_with_a_model_and_a_reward_that_were_moved(resumable, model):
+    shutil.copytree(model, "moved")
+    Path("rewards.py").rename("moved.py")
+    assert main(["--resume=out", "--epochs=4", "--model=moved", "--reward=moved.py:red"]) == 0
+    assert left_by(Path("out"))["config"]["reward"] == "moved.py:red"
+    assert metrics("out")[-1]["epoch"] == 4
+
+
+def test_a_run_goes_on_without_its_prompt_file(resumable):
+    before = left_by(Path("out"))["train_records"]
+    Path("prompts.txt").unlink()
+    assert main(["--resume=out", "--epochs=4"]) == 0
+    assert left_by(Path("out"))["train_records"] == before
+
+
+def test_a_finished_run_has_nothing_to_do(resumable, whole):
+    assert main(["--resume=out"]) == 0
+    assert same_run("out", whole)
+
+
+def resumed_in_half(monkeypatch):
+    """The run in ./out, with its network in float16, as on a GPU."""
+
+    def load_in_half(model):
+        pipe = load_pipeline(model)
+        pipe.to(torch.float16)
+        pipe.vae.to(torch.float32)
+        return pipe
+
+    runs = []
+    monkeypatch.setattr(flow_grpo, "load_pipeline", load_in_half)
+    monkeypatch.setattr(flow_grpo, "train", runs.append)
+    assert main(["--resume=out"]) == 0
+    return runs[0]
+
+
+def test_a_resumed_run_has_its_loss_scale(model, work, monkeypatch):
+    run = small_run(model, half=True)
+    run.scaler.scale(torch.ones(()))
+    run.scaler.update(2.0**10)
+    flow_grpo.save(run)
+    assert resumed_in_half(monkeypatch).scaler.get_scale() == 2**10
+
+
+def test_a_run_in_single_precision_goes_on_in_half(model, work, monkeypatch):
+    run = small_run(model)
+    flow_grpo.save(run)
+    resumed = resumed_in_half(monkeypatch)
+    assert resumed.scaler.is_enabled()
+    assert all(map(torch.equal, resumed.parameters, run.parameters))
+
+
+UNCHANGEABLE = [
+    ("--learning-rate=3", "--learning-rate was 0.01 in out"),
+    ("--output-dir=other", "--output-dir was out in out: omit it"),
+    ("--reward=rewards.py:two", "--reward was rewards.py:red in out"),
+    (f"--model={HERE / 'tiny-sd3'}", "doesn't fit .*tiny-sd3.*--model"),
+]
+
+
+@pytest.mark.parametrize("flag, sentence", UNCHANGEABLE)
+def test_resume_can_not_change_a_run(resumable, capsys, flag, sentence):
+    before = snapshot(".")
+    assert re.search(sentence, error_of(["--resume=out", flag], capsys))
+    assert snapshot(".") == before
+
+
+def cut_short(data):
+    return data[: len(data) // 2]
+
+
+def emptied(data):
+    return b""
+
+
+@pytest.mark.parametrize("damage", [cut_short, emptied])
+def test_a_damaged_checkpoint_is_said_and_left_as_it_is(resumable, capsys, damage):
+    checkpoint = Path("out/checkpoint.pt")
+    checkpoint.write_bytes(damage(checkpoint.read_bytes()))
+    before = snapshot("out")
+    error = error_of(["--resume=out", "--epochs=5"], capsys)
+    assert re.match("error: out/checkpoint.pt can't be resumed: .*put back a copy", error)
+    assert snapshot("out") == before
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+def test_no_code_in_a_checkpoint_is_run(work, capsys):
+    Path("out").mkdir()
+    torch.save(Harmful(), "out/checkpoint.pt")
+    assert "out/checkpoint.pt can't be resumed: " in error_of(["--resume=out"], capsys)
+    assert not Path("harm").exists()
+
+
+def test_a_folder_without_a_run_can_not_be_resumed(work, capsys):
+    error = error_of(["--resume=nowhere"], capsys)
+    assert re.search("nowhere/checkpoint.pt can't be resumed: .*No such file", error)
+    assert not Path("nowhere").exists()
+
+
+def test_a_new_run_does_not_overwrite_another(resumable, model, capsys):
+    before = snapshot("out")
+    error = error_of(arguments(model), capsys)
+    assert re.search("out holds a run: .*--resume.*--output-dir", error)
+    assert snapshot("out") == before
+
+
+# ---- What fails in the middle of a run.
+def test_a_reward_that_fails_on_the_way_keeps_the_run(model, work, capsys):
+    error = error_of(arguments(model, reward="rewards.py:nan"), capsys)
+    assert re.search("""the reward rewards failed .*'a "5"'.*not finite""", error)
+    assert error.endswith(to_go_on("out"))
+    assert main(["--resume=out", "--reward=rewards.py:nan"]) == 2
+
+
+def test_a_reward_has_the_same_columns_in_each_batch(model, work, capsys):
+    error = error_of(arguments(model, reward="rewards.py:uneven"), capsys)
+    assert re.search("the same columns|other columns", error)
+    assert error.endswith(to_go_on("out"))
+
+
+def test_a_run_that_diverged_is_not_to_go_on(model, work, capsys):
+    error = error_of(arguments(model, learning_rate=1e9), capsys)
+    assert re.search("not finite: .*lower --learning-rate$", error)
+
+
+def test_an_image_that_is_not_finite_is_a_sign_of_divergence():
+    with pytest.raises(UserError, match="an image is not finite: training diverged"):
+        score_images(None, torch.full((1, 3, 16, 16), math.nan), [{"prompt": "a"}])
+
+
+@pytest.mark.parametrize("error", [OSError("No space left"), RuntimeError("write failed")])
+def test_a_full_disk_is_said_and_loses_nothing(resumable, capsys, monkeypatch, error):
+    before = snapshot("out")
+    monkeypatch.setattr(torch, "save", Mock(side_effect=error))
+    sentence = error_of(["--resume=out"], capsys)
+    assert re.search(f"can't write out/checkpoint.pt: .*{error}; check the disk", sentence)
+    assert snapshot("out") == before
+
+
+@pytest.mark.parametrize("folder", ["a_file", "a_file/out"])
+def test_a_folder_that_can_not_be_written_is_said(model, work, capsys, folder):
+    Path("a_file").write_text("text")
+    error = error_of(arguments(model, folder), capsys)
+    assert re.search(f"{folder}.*; .* --output-dir", error)
+    assert Path("a_file").read_text() == "text"
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+    RuntimeError("GET was unable to find an engine to execute this computation"),  # cuDNN's
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2 bytes."),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_out_of_memory_is_said_with_what_helps(resumable, capsys, monkeypatch, error):
+    monkeypatch.setattr(flow_grpo, "sample", Mock(side_effect=error))
+    sentence = error_of(["--resume=out", "--epochs=4"], capsys)
+    assert re.search("out of memory: .*--gradient-checkpointing.*--batch-size", sentence)
+    assert sentence.endswith(to_go_on("out"))
+
+
+def test_after_an_error_a_run_goes_on_with_what_helps(resumable, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(flow_grpo, "optimize", Mock(side_effect=MemoryError()))
+        error_of(["--resume=out", "--epochs=4"], capsys)
+    assert main(["--resume=out", "--gradient-checkpointing", "--batch-size=2"]) == 0
+    assert metrics("out")[-1]["epoch"] == 4
+
+
+def test_a_defect_shows_its_traceback_and_how_to_go_on(resumable, capsys, monkeypatch):
+    monkeypatch.setattr(flow_grpo, "sample", Mock(side_effect=RuntimeError("shapes differ")))
+    assert main(["--resume=out", "--epochs=4"]) == 1
+    stderr = capsys.readouterr().err
+    assert "Traceback" in stderr
+    assert re.match("error: RuntimeError: shapes differ; ", stderr.splitlines()[-1])
+    assert stderr.endswith(f"{to_go_on('out')}\n")
