@@ -861,7 +861,7 @@ def own_folder(folder):
     finally:
         with suppress(OSError):  # A folder that holds anything stays.
             os.remove(lock.lock_file)
-            os.removedirs(folder)
+            os.rmdir(folder)
         lock.release()
 
 

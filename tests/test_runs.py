@@ -190,8 +190,8 @@ REFUSED = [
 
 @pytest.mark.parametrize("given", REFUSED, ids=str)
 def test_a_run_that_can_not_start_leaves_no_folder(model, work, capsys, given):
-    error_of(arguments(model, "new/out", **given), capsys)
-    assert not Path("new").exists()
+    error_of(arguments(model, **given), capsys)
+    assert not Path("out").exists()
 
 
 # ---- Interrupted equals uninterrupted, bit for bit.
