@@ -86,7 +86,7 @@ def draw_images(folder: Path, base: bool, prompts: list[str], first_seed: int) -
     pipe = StableDiffusion3Pipeline.from_pretrained(config["model"])
     pipe.set_progress_bar_config(disable=True)
     if not base:
-        pipe.load_lora_weights(folder)
+        pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
     how = {"num_inference_steps": flow_grpo.EVAL_DENOISING_STEPS, "output_type": "pt"}
     for name in ("height", "width", "guidance_scale", "max_sequence_length"):
         how[name] = config[name]
