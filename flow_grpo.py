@@ -10,9 +10,9 @@ It fine-tunes, with LoRA, Stable Diffusion 3.5 Medium or, without a GPU, the sma
 [code] is its authors', yifan123/flow_grpo.
 
 Notation. B images in a batch; T denoising steps, S of which are trained; P prompts in an epoch with
-G images each (a group), from noise of their own, so N = P * G images. Latents are [B, C, H, W], but
-the method takes any [B, ...]. Time falls from t = 1, which is noise, to t = 0, which is the image,
-with x_t = (1 - t) x_0 + t x_1, and velocity = x_1 - x_0.
+G images each (a group), from noise of their own, so N = P * G images. Latents are [B, C, H, W] with
+E = C * H * W elements per image, but the method takes any [B, ...]. Time falls from t = 1, which is
+noise, to t = 0, which is the image, with x_t = (1 - t) x_0 + t x_1, and velocity = x_1 - x_0.
 
 An epoch of the published recipe draws 48 prompts x 24 images = 1,152 images in 10 steps each,
 scores them, and trains on the first 9 of these steps in 2 updates, of up to 576 images each. With
@@ -21,16 +21,12 @@ guidance, a velocity takes two passes of the network, with the prompt and withou
 them the reference's, for the KL) and 9 backward, as only the policy with the prompt has a gradient.
 """
 
-import signal
-
-if __name__ == "__main__":  # Until `main` is ready to say more, Ctrl-C just ends the process.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import atexit
 import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -70,9 +66,6 @@ class Diverged(UserError):
     """The weights are of no use any more, so the run can't go on."""
 
 
-DIVERGED = "training diverged, so start a new run with a lower --learning-rate"
-
-
 @contextmanager
 def explain(what, next_step):
     """An error inside becomes a UserError, which says what failed, why, and what to do."""
@@ -106,15 +99,15 @@ class Config:
     prompts_per_epoch: int = 48  # How many prompts an epoch has.
     group_size: int = 24  # How many images each prompt gets, to be compared with each other.
     updates_per_epoch: int = 2  # Optimiser steps in an epoch. All but the first are off-policy.
-    batch_size: int = 4  # Images in one pass of the network. It decides on memory and noise.
+    batch_size: int = 4  # Images in one pass of the network. An update's size doesn't depend on it.
     learning_rate: float = 3e-4  # The learning rate of AdamW.
-    adam_epsilon: float = 1e-8  # AdamW stalls if grad_norm / sqrt(number of weights) is below.
+    adam_epsilon: float = 1e-8  # AdamW stalls if grad_norm / sqrt(number of weights) is below it.
     beta: float = 0.04  # The weight of the KL penalty, which holds the model near the base model.
     clip_range: float = 1e-4  # The ratio is clipped to 1 +- this. See `sde_step` on why it is tiny.
     guidance_scale: float = 4.5  # Classifier-free guidance in training and evaluation; 1 is none.
     noise_level: float = 0.7  # How much noise the SDE adds.
     sde_steps: int = 9  # How many denoising steps in a row have noise and are trained: the window.
-    sde_last_step: int = 9  # The last step, from 1, that the window may have. Its start is random.
+    sde_last_step: int = 9  # The window ends at this step or before. Each epoch draws its place.
     lora_rank: int = 32  # The rank of the adapter. Its alpha is twice that.
     ema_interval: int = 8  # Optimiser steps from one move of the adapter's average to the next.
     height: int = 512  # The height of the images in pixels.
@@ -152,7 +145,12 @@ def sde_step(velocity, x, t, t_next, noise_level, x_next=None, generator=None):
         x_next: [B, ...], a sample to score. Without it one is drawn, by a generator on any device.
     Returns, in float32: x_next [B, ...]; log_prob [B], averaged over elements as in [code], or 0
         for the ODE, which has no density; mean [B, ...]; std, sigma_t * sqrt(|dt|), broadcastable.
+    Raises ValueError for other t than these. Those in a tensor on a GPU are not checked, as the CPU
+        would have to wait for them.
     """
+    known = x.is_cpu or not torch.is_tensor(t)
+    if known and not torch.as_tensor((t_next >= 0) & (t_next < t) & (t <= 1)).all():
+        raise ValueError(f"t is {t} and t_next {t_next}, but 0 <= t_next < t <= 1 is needed")
     velocity = velocity.float()
     x = x.float()
     per_image = [-1] + [1] * (x.ndim - 1)
@@ -188,14 +186,14 @@ def rollout(velocity, x, times, noise_level, generator=None):
         times: [T + 1], falling from 1 to 0.
         noise_level: one for all steps, or T of them.
     Returns latents [B, T + 1, ...], from the noise to the image, and the steps' log_probs [B, T].
+        No gradient passes, so call it under no_grad to save memory.
     """
-    constant = isinstance(noise_level, (int, float))
-    levels = [noise_level] * (len(times) - 1) if constant else noise_level
+    levels = torch.as_tensor(noise_level, dtype=torch.float64).expand(len(times) - 1).tolist()
     x = x.float()
     latents = [x]
     log_probs = []
     for k, level in enumerate(levels):
-        v = velocity(x, k).detach()  # Call rollout under no_grad to save memory.
+        v = velocity(x, k).detach()
         x, log_prob, _, _ = sde_step(v, x, times[k], times[k + 1], level, generator=generator)
         latents.append(x)
         log_probs.append(log_prob)
@@ -218,7 +216,7 @@ def gaussian_kl(mean, ref_mean, std):
     """KL of N(mean, std^2) to N(ref_mean, std^2) [paper], averaged over elements as in [code].
 
     mean, ref_mean: [B, ...]; std: broadcastable to them. Returns [B], the exact KL per element.
-    For `grpo_loss`, multiply it by |dt|, as the published betas need that: see `optimize`.
+    For `grpo_loss`, multiply it by |dt|, for which the published betas are: see `optimize`.
     """
     return ((mean - ref_mean) ** 2 / (2 * std**2)).flatten(1).mean(1)
 
@@ -237,8 +235,8 @@ def grpo_loss(log_prob, old_log_prob, advantages, kl, clip_range, beta):
         stats = {
             "ratio_mean": ratio.mean(),
             "clipfrac": ((ratio - 1).abs() > clip_range).float().mean(),
-            # The usual estimate, (ratio - 1) - log_ratio, would cancel to 0 at ratios so near to 1.
-            # It is 1 / E^2 of the KL summed over elements, so it can't be compared with `kl`.
+            # At ratios so near to 1, the usual estimate, (ratio - 1) - log_ratio, cancels to 0.
+            # This one is 1 / E^2 of the KL summed over E elements, and `kl` is 1 / E of its KL.
             "approx_kl": 0.5 * (log_ratio**2).mean(),
             "policy_loss": policy_loss.detach(),
             "kl": kl.detach().mean(),
@@ -255,7 +253,8 @@ def velocity_along(run, times, texts, records):
     """
     scale = run.config.guidance_scale
     # On a GPU, the last bits of an image depend on how many are in its pass. So each pass there has
-    # batch_size images, filled up with repeats: thus rollout and training agree to the last bit.
+    # batch_size images, filled up with repeats: thus rollout and training agree to the last bit. A
+    # compiled network would be compiled anew for another size.
     size = run.config.batch_size if DEVICE == "cuda" or run.config.compile else len(records)
     rows = [i % len(records) for i in range(size)]
 
@@ -347,9 +346,9 @@ class Samples:
 
 
 def batches(run, records, indices, description):
-    """Yields this process's part of the indices of the records, in batches, and their records.
+    """Yields this process's part of the indices, in batches, each with the records of its images.
 
-    Process n % PROCESSES draws the images i of batch n = i // batch_size, and trains on them.
+    In rollouts and in training, image i belongs to process (i // batch_size) % PROCESSES.
     """
     size = run.config.batch_size
     own = [i for i in indices if i // size % PROCESSES == RANK]
@@ -365,13 +364,13 @@ def sample(run):
     epoch_seed = f"{config.seed} {run.epoch}"
     records = list(run.train_records)
     Random(epoch_seed).shuffle(records)
-    # No prompt comes twice in an epoch, unless the file has too few: then as another group.
+    # No line of the file comes twice in an epoch, unless it has too few: then as another group.
     chosen = (records * config.prompts_per_epoch)[: config.prompts_per_epoch]
     records = [record for record in chosen for _ in range(config.group_size)]
     times = schedule(run.pipe.scheduler, ROLLOUT_DENOISING_STEPS)
-    # The steps of a window have noise and are trained; the others are the ODE's. By default, it has
-    # the first 9. As in [code], the 10th, from t = 0.009, never has: rounding would dominate its
-    # ratio.
+    # The steps of the window have noise and are trained; the others are the ODE's. By default, the
+    # window is the first 9. The 10th, from t = 0.009, is never in it, as rounding would dominate its
+    # ratio. [code] doesn't train that step either, but gives it noise, of std 0.006.
     first = Random(epoch_seed).randint(0, config.sde_last_step - config.sde_steps)
     window = range(first, first + config.sde_steps)
     levels = [config.noise_level if k in window else 0.0 for k in range(ROLLOUT_DENOISING_STEPS)]
@@ -380,7 +379,7 @@ def sample(run):
     texts = encode(run, records)
     by_batch = {}
     for indices, drawn in batches(run, records, range(len(records)), "rollout"):
-        # Each batch has its own generator, so images don't depend on the number of processes.
+        # Each batch has its own generator. So images depend on batch_size, but not on PROCESSES.
         seed = Random(f"{epoch_seed} {indices[0]}").getrandbits(63)
         generator = torch.Generator(DEVICE).manual_seed(seed)
         x = torch.randn(len(drawn), *run.latent_shape, generator=generator, device=DEVICE)
@@ -388,10 +387,10 @@ def sample(run):
         # A compiled network has other kernels without autograd. Training needs autograd, so the
         # rollout has it on, too. What it returns is detached.
         with torch.set_grad_enabled(config.compile):
-            path, step_log_probs = rollout(velocity, x, times, levels, generator)
-        latents[indices] = path.cpu()
+            trajectory, step_log_probs = rollout(velocity, x, times, levels, generator)
+        latents[indices] = trajectory.cpu()
         log_probs[indices] = step_log_probs.cpu()
-        images = decode(run.pipe.vae, path[:, -1])
+        images = decode(run.pipe.vae, trajectory[:, -1])
         by_batch[indices[0]] = score_images(run.reward, images, drawn)
     return Samples(records, texts, times, window, latents, log_probs, join_batches(by_batch))
 
@@ -406,16 +405,17 @@ def optimize(run, samples):
     # policy's term is N / kept times as large as in [paper], and the KL is of the kept images.
     # ([code] puts some back, so that its batches come out even.)
     kept = advantages.nonzero().flatten().tolist()
-    # Shuffled, then sorted by batch, they are dealt to the optimiser steps in turn. So each has an
-    # about equal, random part of each batch of the rollout, hence of each process's images.
+    # Shuffled within each batch of the rollout (as the sort is stable), they are dealt to the
+    # optimiser steps in turn. So each step has an about equal, random part of each batch, hence of
+    # each process's images.
     Random(f"{config.seed} {run.epoch}").shuffle(kept)
     kept.sort(key=lambda i: i // config.batch_size)
     updates = min(config.updates_per_epoch, len(kept))
     totals = []
     norms = []
     for update in range(updates):
-        chunk = kept[update :: config.updates_per_epoch]
-        for indices, records in batches(run, samples.records, chunk, "training"):
+        chunk = kept[update::updates]
+        for indices, records in batches(run, samples.records, chunk, "updates"):
             velocity = velocity_along(run, times, samples.texts, records)
             latents = samples.latents[indices].to(DEVICE)
             old_log_probs = samples.log_probs[indices].to(DEVICE)
@@ -425,7 +425,7 @@ def optimize(run, samples):
             ref_velocities = {}
             if config.beta > 0:
                 # The reference, which is the base model, is the same network with its adapter off.
-                # All steps are done at once, as switching a large adapter takes milliseconds.
+                # It is switched once for all steps, as that takes milliseconds.
                 transformer.disable_adapters()
                 with torch.no_grad():
                     ref_velocities = {k: velocity(latents[:, k], k) for k in samples.window}
@@ -438,10 +438,10 @@ def optimize(run, samples):
                 kl = torch.zeros_like(log_prob)
                 if config.beta > 0:
                     _, _, ref_mean, _ = sde_step(ref_velocities[k], *step)
-                    # The factor |dt| is not in [paper]. [code] leaves |dt| out of the variance,
-                    # which is the same, and the published betas are for that. The exact KL (per
-                    # element) is 25 times (first step) to 4 times (ninth) as large: with it,
-                    # divide beta by about 10.
+                    # [paper] has no factor |dt|. [code] has it in effect, as its variance in the
+                    # KL is sigma_t^2, without |dt|, and the published betas are tuned to that.
+                    # The exact KL (per element) is 25 times (first step) to 4 times (ninth) as
+                    # large. To use that one, divide beta by about 10.
                     kl = gaussian_kl(mean, ref_mean, std) * (times[k] - times[k + 1])
                 old = old_log_probs[:, k]
                 loss, stats = grpo_loss(
@@ -450,8 +450,8 @@ def optimize(run, samples):
                 run.scaler.scale(loss * weight).backward()
                 # In the first update, the policy is still the one that drew the images. A ratio
                 # other than 1 means that the kernels of rollout and training disagree. Logged is
-                # the mean of the batches' largest |ratio - 1| in this update alone, so `updates`
-                # cancels the division below.
+                # the largest |ratio - 1| of a batch, as a mean over batches and steps. As only this
+                # update has it, the factor cancels the division by `updates` below.
                 if update == 0:
                     largest = (log_prob.detach() - old).expm1().abs().max()
                     stats["ratio_deviation"] = largest * updates
@@ -478,12 +478,12 @@ def optimizer_step(run):
     """Clip the gradient's norm to 1, step, and move the average when due.
 
     Returns the norm before clipping. If it is not finite in float16, the loss scale was too large:
-    the scaler lowers it and skips the step, which isn't counted in `updates`. Raises Diverged if
+    the scaler lowers it and skips the step, which `run.updates` doesn't count. Raises Diverged if
     the scale is 1 already, as it always is where the scaler is off.
     """
-    # Each process gets the sum of all gradients. One that had no images adds zeros, and its scaler
-    # makes the scale only now.
+    # GradScaler makes its scale in the first call of `scale`, which a process without images lacks.
     run.scaler.scale(run.parameters[0])
+    # Each process gets the sum of all gradients. One without images adds zeros.
     for p in run.parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
@@ -494,7 +494,7 @@ def optimizer_step(run):
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, 1.0).item()
     finite = math.isfinite(norm)
     if not finite and run.scaler.get_scale() <= 1:
-        raise Diverged(f"the gradient is not finite: {DIVERGED}")
+        raise Diverged("the gradient is not finite")
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
@@ -539,27 +539,28 @@ def evaluate(run, records):
                 )
                 for i in indices
             ]
-            path, _ = rollout(velocity, torch.stack(noise).to(DEVICE), times, noise_level=0.0)
-            images = decode(run.pipe.vae, path[:, -1])
+            x = torch.stack(noise).to(DEVICE)
+            trajectory, _ = rollout(velocity, x, times, noise_level=0.0)
+            images = decode(run.pipe.vae, trajectory[:, -1])
             columns = score_images(run.reward, images, drawn)
-            columns["images"] = images.cpu()[torch.tensor(indices) < 16]
+            columns["the first images"] = images.cpu()[torch.tensor(indices) < 16]
             by_batch[indices[0]] = columns
     columns = join_batches(by_batch)
-    images = columns.pop("images")
+    images = columns.pop("the first images")
     return averages(columns, records, "eval_"), images
 
 
 def train(run):
     """Epochs of rollout and training, with an evaluation or some pictures now and then.
 
-    What is logged as epoch n: `reward` of images drawn before its training, `eval_reward` after it.
+    In the lines of epoch n, `reward` is from before its training, and `eval_reward` from after it.
     """
     config = run.config
-    evaluated = [line["epoch"] for line in run.metrics if "eval_reward" in line]
     for epoch in bar(range(run.epoch, config.epochs + 1), "epochs"):
-        if epoch % config.eval_every == 0 or epoch == config.epochs:
-            if epoch not in evaluated:
-                log(run, *evaluate(run, run.eval_records))
+        if run.metrics and "eval_reward" in run.metrics[-1]:
+            pass  # The run was interrupted after this evaluation, or has been extended.
+        elif epoch % config.eval_every == 0 or epoch == config.epochs:
+            log(run, *evaluate(run, run.eval_records))
         elif epoch % 20 == 0:  # pictures alone
             write_pictures(run, evaluate(run, run.eval_records[:16])[1])
         if epoch < config.epochs:
@@ -633,6 +634,7 @@ def load_pipeline(model):
     for library in (diffusers, transformers):
         if RANK > 0 or not sys.stderr.isatty():
             library.utils.logging.disable_progress_bar()
+    # It stands before the library's own reason.
     place = "" if os.path.isdir(model) else ": there is no such folder, and from the hub"
     with explain(
         f"the model {model} can't be loaded{place}",
@@ -647,7 +649,7 @@ def load_pipeline(model):
         pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(model, **options)
     for name in ("transformer", "vae"):
         with explain(f"the {name} of {model} lacks weights", "fuse its LoRA before saving"):
-            getattr(pipe, name).to("cpu")  # It is there already, but missing weights raise.
+            getattr(pipe, name).to("cpu")  # Those that its files lack are on `meta`, and raise.
     # They would warn of each batch in which CLIP cuts a prompt, where `start` does it once.
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
@@ -682,7 +684,7 @@ def prepare(config, pipe, reward, train_records, eval_records):
         pipe.vae.enable_slicing()  # Decoding would need the most memory otherwise.
     if config.compile:
         # Each kind of block is compiled with the adapter on and off, with autograd and without.
-        torch.compiler.config.recompile_limit = 64
+        torch._dynamo.config.recompile_limit = 64
         # Autograd's own threads, in which checkpoints recompute, would not know of this limit.
         torch.autograd.set_multithreading_enabled(False)
         for block in transformer.transformer_blocks:
@@ -745,7 +747,8 @@ def encode(run, records):
 def set_switches():
     """Set torch's global switches as the run needs them, whatever a reward has set."""
     torch.set_default_dtype(torch.float32)
-    torch.set_default_device(None)
+    if torch.get_default_device().type != "cpu":
+        torch.set_default_device("cpu")
     # The adapter's float32 products are in TF32, which has as many digits as float16.
     torch.set_float32_matmul_precision("high")
     # cuDNN's attention, which torch prefers on the newest GPUs, has other kernels with autograd.
@@ -762,12 +765,13 @@ def load_reward(source):
     path, _, name = source.rpartition(":")
     path = Path(path).expanduser().absolute()
     sys.path.insert(0, str(path.parent))  # for what lies beside it, and for processes it starts
-    # Pickle finds the module by its name, as if it had been imported.
+    # It must not take the place of a module that is loaded already.
     module_name = f"reward_{path.stem}" if path.stem in sys.modules else path.stem
     hint = "give file.py:function, or ocr, geneval, pickscore or clipscore of rewards/"
     # Code that switches autograd off when it is loaded does so only in here.
     with torch.enable_grad(), explain(f"the reward '{source}' can't be loaded", hint):
         spec = spec_from_file_location(module_name, path)
+        # Pickle finds it there, as if it had been imported.
         module = sys.modules[module_name] = module_from_spec(spec)
         spec.loader.exec_module(module)
         set_switches()
@@ -778,11 +782,12 @@ def load_reward(source):
 def score_images(reward, images, records):
     """Columns [B] on the CPU: `reward`, and what it is made of. Raises UserError."""
     if not images.isfinite().all():
-        raise Diverged(f"an image is not finite: {DIVERGED}")
+        raise Diverged("an image is not finite")
     prompts = [record["prompt"] for record in records]
     what = f"the reward {reward.name} failed for images from '{prompts[0]}' on"
     wanted = "a reward returns one finite number for each image, or a dict of columns of them"
     with torch.no_grad(), explain(what, wanted):
+        # It gets copies, as it may change what it is given.
         result = reward.function(images.clone(), prompts, json.loads(json.dumps(records)))
     set_switches()
     columns = dict(result) if isinstance(result, dict) else {reward.name: result}
@@ -851,11 +856,10 @@ SAVED_STATE_DICTS = "parameters ema optimizer scaler".split()
 
 @contextmanager
 def own_folder(folder):
-    """Makes the folder, and keeps it from other runs. Raises UserError if one is in it."""
-    lock = FileLock(Path(folder, f".lock{RANK}"))
-    hint = "if another run is in it, wait, or give another --output-dir"
-    with explain(f"can't lock {folder}", hint):
-        lock.acquire(blocking=False)
+    """Makes the folder, and keeps other runs out. Raises UserError if a run is in it."""
+    lock = FileLock(Path(folder, f".lock{RANK}"))  # one for each process, as all are in the folder
+    with explain(f"can't lock {folder}", "wait if a run is in it, or give another --output-dir"):
+        lock.acquire(blocking=False)  # This makes the folder, too.
     try:
         yield
     finally:
@@ -887,11 +891,14 @@ def save(run):
     state["config"] = vars(run.config)
     state |= {name: getattr(run, name).state_dict() for name in SAVED_STATE_DICTS}
     write_file(out / "checkpoint.pt", partial(torch.save, state))
-    settings = json.dumps(vars(run.config), indent=2)
-    write_file(out / "config.json", lambda path: path.write_text(settings))
-    for name, records in {"eval_prompts": run.eval_records, "metrics": run.metrics}.items():
+    files = {
+        "config.json": [state["config"]],
+        "eval_prompts.jsonl": run.eval_records,
+        "metrics.jsonl": run.metrics,
+    }
+    for name, records in files.items():
         lines = "".join(json.dumps(record) + "\n" for record in records)
-        write_file(out / f"{name}.jsonl", lambda path: path.write_text(lines))
+        write_file(out / name, lambda path: path.write_text(lines))
     with averaged(run):
         layers = get_peft_model_state_dict(run.pipe.transformer)
         for name, layer in layers.items():
@@ -912,8 +919,9 @@ def log(run, scores, images=None, **stats):
         write_pictures(run, images)
     save(run)
     shown = [name for name in metrics if name in scores or re.match("kl|seconds", name)]
-    if len(scores) > 1 and scores[shown[0]] == scores[shown[1]]:  # One column has two names.
-        del shown[1]
+    # `reward` is most often a copy of the next column, which then needn't be shown.
+    if len({metrics[name] for name in shown[:2]}) == 1:
+        del shown[1:2]
     line = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown)
     tqdm.write(f"epoch {run.epoch}: {line:.88}")
 
@@ -955,17 +963,17 @@ def configure(parse, flags, folder):
     elif path.exists():
         raise UserError(f"{folder} holds a run: go on by --resume, or give another --output-dir")
     config = parse(default=default)
-    # A reward's file may have been moved: the same function's name passes the check below.
+    # A reward's file may have been moved. If its function has the same name, that passes below.
     if config.reward.split(":")[-1] == default.reward.split(":")[-1]:
         default.reward = config.reward
-    done = state["epoch"] if state else 1
-    least = {"epochs": done, "group_size": 2, "guidance_scale": 1, "beta": 0, "seed": 0}
+    least = {"group_size": 2, "guidance_scale": 1, "beta": 0, "seed": 0}
+    least["epochs"] = state["epoch"] if state else 1
     for name, value in vars(config).items():
         flag = f"--{name.replace('_', '-')}"
         if state and value != vars(default)[name] and name not in MAY_CHANGE:
             raise UserError(f"{flag} was {vars(default)[name]} in {folder}: omit it, or start anew")
-        if not isinstance(value, str | bool) and not least.get(name, 1e-20) <= value <= 1e9:
-            raise UserError(f"{flag} can't be {value}, which is too small, too large, or no number")
+        if not isinstance(value, str | bool) and not value >= least.get(name, 1e-20):
+            raise UserError(f"{flag} can't be {value}, which is too small, or no number")
     if not config.sde_steps <= config.sde_last_step < ROLLOUT_DENOISING_STEPS:
         raise UserError("give --sde-steps up to --sde-last-step, and that up to 9")
     config.output_dir = folder
@@ -1008,13 +1016,12 @@ def main(argv=None):
         # It may be in ASCII, and a log should show each line at once.
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
         join_processes()
-        for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and how torchrun ends processes
-            signal.signal(number, signal.default_int_handler)
+        # torchrun ends processes by SIGTERM, which is taken like Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         parse = partial(tyro.cli, Config, args=argv, console_outputs=RANK == 0)
         flags = parse(default=Config() if DEVICE == "cuda" else TINY)
-        folder = flags.resume or flags.output_dir
-        folder = folder or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
-        folder = gather(os.path.expanduser(folder))[0]
+        new = time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
+        folder = gather(os.path.expanduser(flags.resume or flags.output_dir or new))[0]
         with own_folder(folder):
             run = start(*configure(parse, flags, folder))
             to_go_on = f"; to go on: python flow_grpo.py --resume {folder!r}"
@@ -1025,7 +1032,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         return report(130, f"interrupted by a signal{to_go_on}")
     except Diverged as e:
-        return report(2, e)
+        return report(2, f"{e}: the model is broken, or the --learning-rate was too high")
     except UserError as e:
         return report(2, f"{e}{to_go_on}")
     except Exception as e:
@@ -1038,7 +1045,7 @@ def main(argv=None):
 
 
 def report(code, sentence):
-    """Print why the run ends, in the first process that fails alone. Returns the code."""
+    """Print why the run ends, but only in the first process that fails. Returns the code."""
     first = True
     if store:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the other processes by it.

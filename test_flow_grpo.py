@@ -104,6 +104,17 @@ def test_each_image_may_have_times_of_its_own(shape):
             close(got[k], expected.expand_as(got)[k])
 
 
+WRONG = [(900.0, 800.0), (1.1, 0.9), (0.5, 0.5), (0.4, 0.5), (0.5, -0.1), (math.nan, 0)]
+
+
+@pytest.mark.parametrize(("t", "t_next"), WRONG)
+def test_a_step_refuses_times_that_do_not_fall_within_0_and_1(t, t_next):
+    """FLUX trainers have t = 900 of 1,000, say, which would be NaN without a word."""
+    for time in (t, torch.tensor(t), torch.tensor([0.9, t])):
+        with pytest.raises(ValueError, match="0 <= t_next < t <= 1 is needed"):
+            sde_step(one(2), one(1), time, t_next, 0.7)
+
+
 def is_standard_normal(noise):
     """Its mean and std are within 5 standard errors of 0 and 1."""
     count = noise.numel()
@@ -465,7 +476,7 @@ def record_batches(patch):
 
     def recorded(run, records, indices, description):
         for batch in batches(run, records, indices, description):
-            if description == "training":
+            if description == "updates":
                 trained.append(batch[0])
             yield batch
 

@@ -267,7 +267,7 @@ def switches(monkeypatch):
     monkeypatch.setattr(torch, "_GLOBAL_DEVICE_CONTEXT", threading.local())
     yield
     torch.set_default_dtype(torch.float32)
-    torch.set_default_device(None)
+    torch.set_default_device("cpu")
 
 
 def set_switches(images, *_):
