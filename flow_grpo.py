@@ -369,7 +369,7 @@ def sample(run):
     records = [record for record in chosen for _ in range(config.group_size)]
     times = schedule(run.pipe.scheduler, ROLLOUT_DENOISING_STEPS)
     # The steps of the window have noise and are trained; the others are the ODE's. By default, the
-    # window is the first 9. The 10th, from t = 0.009, is never in it, as rounding would dominate its
+    # window is the first 9. The 10th, from t = 0.009, is never in it: rounding would dominate its
     # ratio. [code] doesn't train that step either, but gives it noise, of std 0.006.
     first = Random(epoch_seed).randint(0, config.sde_last_step - config.sde_steps)
     window = range(first, first + config.sde_steps)
