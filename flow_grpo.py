@@ -90,7 +90,7 @@ class Config:
     """
 
     prompt_file: str = ""  # The prompts: a .txt with one per line, or a .jsonl with records.
-    eval_prompt_file: str = ""  # The prompts to evaluate on. Without it, some are held out.
+    eval_prompt_file: str = ""  # The prompts to evaluate on. Without it, half are held out.
     output_dir: str = ""  # The folder of the run. Without it, the run gets a new one in runs/.
     resume: str = ""  # The folder of a run that is to go on.
     model: str = "stabilityai/stable-diffusion-3.5-medium"  # A name on the hub, or a folder.
@@ -107,7 +107,7 @@ class Config:
     guidance_scale: float = 4.5  # Classifier-free guidance in training and evaluation; 1 is none.
     noise_level: float = 0.7  # How much noise the SDE adds.
     sde_steps: int = 9  # How many denoising steps in a row have noise and are trained: the window.
-    sde_last_step: int = 9  # The window ends at this step or before. Each epoch draws its place.
+    sde_last_step: int = 9  # The last step, counted from 1, that the window may reach.
     lora_rank: int = 32  # The rank of the adapter. Its alpha is twice that.
     ema_interval: int = 8  # Optimiser steps from one move of the adapter's average to the next.
     height: int = 512  # The height of the images in pixels.
@@ -135,7 +135,7 @@ def sde_step(velocity, x, t, t_next, noise_level, x_next=None, generator=None):
 
     dx = [v + sigma_t^2 / (2t) (x + (1 - t) v)] dt + sigma_t dw,
     sigma_t = noise_level * sqrt(t / (1 - t)), but for t = 1 see below.
-    At every t, it has the marginals of the flow dx = v dt. x + (1 - t) v is the estimated noise.
+    At every t, it has the marginals of the flow dx = v dt. The estimated noise is x + (1 - t) v.
 
     Args:
         velocity: [B, ...], the network's output at (x, t). Gradients of mean and log_prob reach it.
@@ -216,7 +216,7 @@ def gaussian_kl(mean, ref_mean, std):
     """KL of N(mean, std^2) to N(ref_mean, std^2) [paper], averaged over elements as in [code].
 
     mean, ref_mean: [B, ...]; std: broadcastable to them. Returns [B], the exact KL per element.
-    For `grpo_loss`, multiply it by |dt|, for which the published betas are: see `optimize`.
+    The published betas are for |dt| times this KL: see `optimize`.
     """
     return ((mean - ref_mean) ** 2 / (2 * std**2)).flatten(1).mean(1)
 
@@ -235,8 +235,8 @@ def grpo_loss(log_prob, old_log_prob, advantages, kl, clip_range, beta):
         stats = {
             "ratio_mean": ratio.mean(),
             "clipfrac": ((ratio - 1).abs() > clip_range).float().mean(),
-            # At ratios so near to 1, the usual estimate, (ratio - 1) - log_ratio, cancels to 0.
-            # This one is 1 / E^2 of the KL summed over E elements, and `kl` is 1 / E of its KL.
+            # At ratios so near to 1, the usual estimate, (ratio - 1) - log_ratio, cancels to 0. As
+            # log_ratio is the true one / E, this is the KL to the old policy / E^2.
             "approx_kl": 0.5 * (log_ratio**2).mean(),
             "policy_loss": policy_loss.detach(),
             "kl": kl.detach().mean(),
@@ -433,6 +433,7 @@ def optimize(run, samples):
             parts = []
             for k in samples.window:
                 x = latents[:, k]
+                # x, t, t_next, noise_level and x_next of `sde_step`
                 step = (x, times[k], times[k + 1], config.noise_level, latents[:, k + 1])
                 _, log_prob, mean, std = sde_step(velocity(x, k), *step)
                 kl = torch.zeros_like(log_prob)
@@ -450,8 +451,8 @@ def optimize(run, samples):
                 run.scaler.scale(loss * weight).backward()
                 # In the first update, the policy is still the one that drew the images. A ratio
                 # other than 1 means that the kernels of rollout and training disagree. Logged is
-                # the largest |ratio - 1| of a batch, as a mean over batches and steps. As only this
-                # update has it, the factor cancels the division by `updates` below.
+                # the largest |ratio - 1| of a batch, as a mean over batches and steps. Only this
+                # update has it, so `* updates` cancels the division below.
                 if update == 0:
                     largest = (log_prob.detach() - old).expm1().abs().max()
                     stats["ratio_deviation"] = largest * updates
@@ -460,7 +461,8 @@ def optimize(run, samples):
         norms.append(optimizer_step(run))
     # Each process has its part of the means over all images.
     means = add_up(gather({name: float(n) / updates for name, n in add_up(totals).items()}))
-    means["grad_norm"] = sum(norms) / max(1, updates)
+    norms = [norm for norm in norms if math.isfinite(norm)]
+    means["grad_norm"] = sum(norms) / max(1, len(norms))
     means["trained"] = len(kept) / len(advantages)
     return means
 
@@ -543,6 +545,7 @@ def evaluate(run, records):
             trajectory, _ = rollout(velocity, x, times, noise_level=0.0)
             images = decode(run.pipe.vae, trajectory[:, -1])
             columns = score_images(run.reward, images, drawn)
+            # `join_batches` brings them together, too.
             columns["the first images"] = images.cpu()[torch.tensor(indices) < 16]
             by_batch[indices[0]] = columns
     columns = join_batches(by_batch)
@@ -634,7 +637,7 @@ def load_pipeline(model):
     for library in (diffusers, transformers):
         if RANK > 0 or not sys.stderr.isatty():
             library.utils.logging.disable_progress_bar()
-    # It stands before the library's own reason.
+    # In the sentence, this leads over to the library's own reason.
     place = "" if os.path.isdir(model) else ": there is no such folder, and from the hub"
     with explain(
         f"the model {model} can't be loaded{place}",
@@ -649,7 +652,9 @@ def load_pipeline(model):
         pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(model, **options)
     for name in ("transformer", "vae"):
         with explain(f"the {name} of {model} lacks weights", "fuse its LoRA before saving"):
-            getattr(pipe, name).to("cpu")  # Those that its files lack are on `meta`, and raise.
+            # With an adapter in it, a model is saved under other names of weights. So those that
+            # are needed stay on `meta`, from where they can't be moved.
+            getattr(pipe, name).to("cpu")
     # They would warn of each batch in which CLIP cuts a prompt, where `start` does it once.
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
@@ -737,7 +742,7 @@ def encode(run, records):
             max_sequence_length=run.config.max_sequence_length,
         )
         texts.update(zip(batch, zip(embeds.cpu(), pooled.cpu())))
-    # T5 has 11 GB, and would take some 7 s to the GPU and back. On a large card, it stays there.
+    # They have 11 GB, and take some 7 s to the GPU and back. On a large card, they stay there.
     if DEVICE == "cuda" and torch.cuda.mem_get_info()[1] < 45e9:
         encoders.to("cpu")
     return texts
@@ -801,7 +806,7 @@ def score_images(reward, images, records):
 
 
 def averages(columns, records, prefix=""):
-    """Each column's mean. If records have tags, it is that of the tags' means, as in GenEval."""
+    """Each column's mean; if records have tags, the mean of the tags' means, as in GenEval."""
     tags = [str(record.get("tag")) for record in records]
     weights = torch.tensor([1 / tags.count(tag) / len(set(tags)) for tag in tags])
     return {f"{prefix}{name}": float(column @ weights) for name, column in columns.items()}
@@ -903,7 +908,7 @@ def save(run):
         layers = get_peft_model_state_dict(run.pipe.transformer)
         for name, layer in layers.items():
             # Many programs leave out alpha / rank = 2, so the weights of lora_B take it in. The
-            # products are copies, which keep the averaged weights.
+            # products, those by 1 too, are copies, which outlast the averaged weights.
             layers[name] = layer * (2 if "lora_B" in name else 1)
     write_file(
         out / "pytorch_lora_weights.safetensors",
@@ -944,7 +949,10 @@ def write_pictures(run, images):
 
 
 # ---- Command line.
-MAY_CHANGE = "resume model epochs eval_every batch_size compile gradient_checkpointing".split()
+# The model and the reward may have been moved; which ones a run takes, it prints.
+MAY_CHANGE = (
+    "resume model reward epochs eval_every batch_size compile gradient_checkpointing".split()
+)
 
 
 def configure(parse, flags, folder):
@@ -963,9 +971,6 @@ def configure(parse, flags, folder):
     elif path.exists():
         raise UserError(f"{folder} holds a run: go on by --resume, or give another --output-dir")
     config = parse(default=default)
-    # A reward's file may have been moved. If its function has the same name, that passes below.
-    if config.reward.split(":")[-1] == default.reward.split(":")[-1]:
-        default.reward = config.reward
     least = {"group_size": 2, "guidance_scale": 1, "beta": 0, "seed": 0}
     least["epochs"] = state["epoch"] if state else 1
     for name, value in vars(config).items():
@@ -1016,8 +1021,8 @@ def main(argv=None):
         # It may be in ASCII, and a log should show each line at once.
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
         join_processes()
-        # torchrun ends processes by SIGTERM, which is taken like Ctrl-C.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and how torchrun ends processes
+            signal.signal(number, signal.default_int_handler)
         parse = partial(tyro.cli, Config, args=argv, console_outputs=RANK == 0)
         flags = parse(default=Config() if DEVICE == "cuda" else TINY)
         new = time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")

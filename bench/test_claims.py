@@ -202,6 +202,37 @@ def test_a_baseline_takes_as_many_optimiser_steps(run, samples, gradients, monke
     assert len(gradients) == 2
 
 
+# ---- The variants of examples/variants.py.
+def test_each_run_trains_with_its_variants_functions(monkeypatch, tmp_path):
+    trained = []
+    names = ("optimize", "sde_step", "gaussian_kl", "grpo_loss")
+    for name in names:
+        monkeypatch.setattr(flow_grpo, name, getattr(flow_grpo, name))  # and back at the end
+
+    def train(run):
+        trained.append([getattr(flow_grpo, name) for name in names])
+
+    monkeypatch.setattr(claims, "start", lambda *_: SimpleNamespace(metrics=[]))
+    monkeypatch.setattr(claims, "judge", lambda *_, **how: {})
+    monkeypatch.setattr(flow_grpo, "train", train)
+    path = tmp_path / "claims.jsonl"
+    for variant in claims.CLAIMS["variants"].values():
+        claims.measure(claims.DEFAULTS | variant | {"seed": 5}, path)
+    claims.measure(claims.DEFAULTS | claims.LONG | {"seed": 5}, path)
+    changed = []
+    for functions in trained:
+        pairs = zip(names, functions, trained[-1])
+        changed.append([name for name, function, own in pairs if function is not own])
+    loss = ["sde_step", "grpo_loss"]
+    kl = ["sde_step", "gaussian_kl"]
+    assert changed == [[], ["sde_step"], loss, loss, loss, [], kl, []]
+    records = [r for r in claims.read_records(path) if "seed" in r]
+    settings = [record["settings"]["variant"] for record in records]
+    expected = ["paper", "cps", "guard", "dppo", "tempflow", "paper", "velocity-kl", "paper"]
+    assert settings == expected
+    assert records[4]["claims"] == {"variants": "TempFlow-GRPO's weights"}
+
+
 # ---- The tables.
 def accuracies(*points):
     names = ("minutes", "accuracy")
@@ -235,7 +266,8 @@ def test_a_cell_has_mean_least_and_most(values, text):
 
 def test_the_tables_in_results_are_those_of_the_records():
     records = claims.read_records(RESULTS / "claims.jsonl")
-    tables = "\n".join(claims.table(claim, records) for claim in claims.CLAIMS)
+    measured = [claim for claim in claims.CLAIMS if claims.runs_of(claim, records)]
+    tables = "\n".join(claims.table(claim, records) for claim in measured)
     assert tables == (RESULTS / "claims.md").read_text(encoding="utf-8")
 
 
@@ -358,7 +390,7 @@ def test_each_method_trains_its_own_run(tried, name, loss):
 
 def test_a_record_has_all_settings(tried):
     for record in lines_of(tried):
-        assert set(record["settings"]) == {*vars(flow_grpo.TINY), "steps", "update"}
+        assert set(record["settings"]) == {*vars(flow_grpo.TINY), "steps", "update", "variant"}
 
 
 def test_a_record_has_each_evaluation(tried):

@@ -521,13 +521,14 @@ def test_a_run_has_its_own_switches_whatever_a_reward_sets(
     assert torch.get_float32_matmul_precision() == precision
 
 
-def test_a_run_goes_on_by_the_same_function_in_another_file_alone(model, work, capsys):
+def test_a_run_goes_on_by_a_reward_that_has_moved_and_says_which(model, work, capsys):
     assert main(arguments(model, epochs=1)) == 0
     Path("elsewhere").mkdir()
     Path("rewards.py").rename("elsewhere/moved.py")
-    error = error_of(["--resume=out", "--reward=elsewhere/moved.py:two"], capsys)
-    assert re.search("--reward was rewards.py:red in out", error)
+    error = error_of(["--resume=out"], capsys)
+    assert re.search("the reward 'rewards.py:red' can't be loaded", error)
     assert main(["--resume=out", "--reward=elsewhere/moved.py:red"]) == 0
+    assert "by elsewhere/moved.py:red, after 1 epochs" in capsys.readouterr().out
     assert main(["--resume=out"]) == 0
 
 

@@ -170,6 +170,17 @@ def test_a_second_run_in_a_folder_is_refused(model, work, capsys, monkeypatch, i
     assert re.search(" out: .*a run is in it", second[0])
 
 
+def test_the_norm_of_a_skipped_step_is_not_logged(model, work):
+    """JSON has neither infinity nor NaN."""
+    run = small_run(model)
+    run.scaler = torch.amp.GradScaler("cpu", 1024.0)
+    samples = flow_grpo.sample(run)
+    assert flow_grpo.optimize(run, samples)["grad_norm"] > 0
+    run.parameters[0].register_hook(lambda gradient: gradient * math.inf)
+    assert flow_grpo.optimize(run, samples)["grad_norm"] == 0
+    assert run.scaler.get_scale() == 1024 / 2**run.config.updates_per_epoch
+
+
 REFUSED = [
     {"reward": "rewards.py:broken"},
     {"prompt_file": "none.txt"},
