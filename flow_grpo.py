@@ -412,7 +412,7 @@ def optimize(run, samples):
     kept.sort(key=lambda i: i // config.batch_size)
     updates = min(config.updates_per_epoch, len(kept))
     totals = []
-    norms = []
+    norm = 0.0
     for update in range(updates):
         chunk = kept[update::updates]
         for indices, records in batches(run, samples.records, chunk, "updates"):
@@ -458,11 +458,10 @@ def optimize(run, samples):
                     stats["ratio_deviation"] = largest * updates
                 parts.append({name: value * weight for name, value in stats.items()})
             totals.append(add_up(parts))
-        norms.append(optimizer_step(run))
+        norm += optimizer_step(run)
     # Each process has its part of the means over all images.
     means = add_up(gather({name: float(n) / updates for name, n in add_up(totals).items()}))
-    norms = [norm for norm in norms if math.isfinite(norm)]
-    means["grad_norm"] = sum(norms) / max(1, len(norms))
+    means["grad_norm"] = norm / max(1, updates)
     means["trained"] = len(kept) / len(advantages)
     return means
 
@@ -480,8 +479,8 @@ def optimizer_step(run):
     """Clip the gradient's norm to 1, step, and move the average when due.
 
     Returns the norm before clipping. If it is not finite in float16, the loss scale was too large:
-    the scaler lowers it and skips the step, which `run.updates` doesn't count. Raises Diverged if
-    the scale is 1 already, as it always is where the scaler is off.
+    the scaler lowers it and skips the step, which `run.updates` doesn't count, and 0 is returned.
+    Raises Diverged if the scale is 1 already, as it always is where the scaler is off.
     """
     # GradScaler makes its scale in the first call of `scale`, which a process without images lacks.
     run.scaler.scale(run.parameters[0])
@@ -506,7 +505,7 @@ def optimizer_step(run):
             # As in [code], the decay's warm-up counts optimiser steps, not the average's moves.
             run.ema.optimization_step = run.updates
             run.ema.step(list(run.parameters))
-    return norm
+    return norm if finite else 0.0
 
 
 @contextmanager
@@ -590,6 +589,7 @@ def join_processes():
     if PROCESSES == 1 or store:
         return
     print(f"process {RANK} waits for the others of WORLD_SIZE={PROCESSES}", file=sys.stderr)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python would hear Ctrl-C only after the wait.
     if DEVICE == "cuda":
         # From here on, "cuda" is this GPU, for rewards as well. Processes may have to share one.
         torch.cuda.set_device(RANK % torch.cuda.device_count())
@@ -728,6 +728,11 @@ def encode(run, records):
     """
     pipe = run.pipe
     encoders = [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3]
+    # On a card of less than 45 GB, the text encoders (13 GB) and the network (5 GB) take turns, for
+    # which they need some seconds.
+    take_turns = DEVICE == "cuda" and torch.cuda.mem_get_info()[1] < 45e9
+    if take_turns:
+        pipe.transformer.to("cpu")
     encoders = torch.nn.ModuleList(filter(None, encoders)).to(DEVICE)
     prompts = sorted({"", *[record["prompt"] for record in records]})
     texts = {}
@@ -742,9 +747,9 @@ def encode(run, records):
             max_sequence_length=run.config.max_sequence_length,
         )
         texts.update(zip(batch, zip(embeds.cpu(), pooled.cpu())))
-    # They have 11 GB, and take some 7 s to the GPU and back. On a large card, they stay there.
-    if DEVICE == "cuda" and torch.cuda.mem_get_info()[1] < 45e9:
+    if take_turns:
         encoders.to("cpu")
+        pipe.transformer.to(DEVICE)
     return texts
 
 

@@ -40,13 +40,13 @@ def hidden_gpu(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def unloaded_rewards(monkeypatch):
-    """After each test, the reward's files that it has loaded are unknown to `import` again."""
-    monkeypatch.setattr(sys, "path", [*sys.path])
+def unloaded_rewards(tmp_path_factory, monkeypatch):
+    """No test sees the reward's files that others have loaded."""
+    folder = str(tmp_path_factory.getbasetemp().parent)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not path.startswith(folder)])
     yield
     for name, module in list(sys.modules.items()):
-        path = getattr(module, "__file__", None) or ""
-        if path and not path.startswith((str(HERE), sys.prefix, sys.base_prefix)):
+        if (getattr(module, "__file__", None) or "").startswith(folder):
             del sys.modules[name]
 
 

@@ -218,13 +218,26 @@ def test_on_a_gpu_samples_are_kept_on_the_cpu(gpu_run):
 
 
 @pytest.mark.parametrize("total, stay", [(42e9, False), (80e9, True)])
-def test_text_encoders_stay_on_a_gpu_of_more_than_40_gb(model, work, monkeypatch, gpu, total, stay):
+def test_on_a_small_gpu_network_and_text_encoders_take_turns(
+    model, work, monkeypatch, gpu, total, stay
+):
     run = small_run(model)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10e9, total))
-    flow_grpo.encode(run, [{"prompt": "a"}])
+    network = run.pipe.transformer
+    before = [id(p) for p in network.parameters()]
     encoders = [run.pipe.text_encoder, run.pipe.text_encoder_2, run.pipe.text_encoder_3]
-    parameters = [p for encoder in encoders for p in encoder.parameters()]
-    assert {is_on_gpu(p) for p in parameters} == {stay}
+    places = []
+
+    def note_places(*_):
+        places.append({is_on_gpu(p) for p in network.parameters()})
+
+    for encoder in encoders:
+        encoder.register_forward_hook(note_places)
+    flow_grpo.encode(run, [{"prompt": "a"}])
+    assert places == [{stay}] * 3
+    assert {is_on_gpu(p) for encoder in encoders for p in encoder.parameters()} == {stay}
+    assert {is_on_gpu(p) for p in network.parameters()} == {True}
+    assert [id(p) for p in network.parameters()] == before  # which the optimiser has
 
 
 @pytest.mark.parametrize("rank, gpus, chosen", [(1, 4, 1), (3, 2, 1)])

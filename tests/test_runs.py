@@ -356,7 +356,6 @@ def test_a_run_in_single_precision_goes_on_in_half(model, work, monkeypatch):
 UNCHANGEABLE = [
     ("--learning-rate=3", "--learning-rate was 0.01 in out"),
     ("--output-dir=other", "--output-dir was out in out: omit it"),
-    ("--reward=rewards.py:two", "--reward was rewards.py:red in out"),
     (f"--model={HERE / 'tiny-sd3'}", "doesn't fit .*tiny-sd3.*--model"),
 ]
 
