@@ -30,8 +30,7 @@ TITLES = (
     "beta 1: on the ring as before\n(grey), but more on the right",
     "beta 0.3: the points crowd\ninto the clouds on the right",
     "Without KL (beta 0):\nthe points leave the data",
-    "Mean reward by epoch, of rollouts (lines, 10 steps of the SDE)\n"
-    "and of evaluations (dots, 40 steps of the ODE), in the colours above",
+    "Mean reward by epoch, of\nrollouts (lines), evaluations (dots)",
 )
 
 
@@ -116,9 +115,9 @@ def main(flow_steps=4000, epochs=60):
     ode, _ = sample(base, noise, 40, 0)
     sde, _ = sample(base, noise, 40, NOISE_LEVEL)
     results = {"ODE": ode, "SDE": sde}
-    axes = Figure((9, 9.5), layout="constrained").subplot_mosaic("ABC;DEF;GGG")
-    for panel, title in zip(axes.values(), TITLES):
-        panel.set_title(title)
+    axes = Figure((13, 6.3), layout="constrained").subplot_mosaic("ABCG;DEFG")
+    for name, title in zip("ABCDEFG", TITLES):
+        axes[name].set_title(title)
     axes["C"].set_yticks([])
     for k in 10, 20, 30, 40:
         x = [ode[:, k, 0], sde[:, k, 0]]
@@ -141,7 +140,7 @@ def main(flow_steps=4000, epochs=60):
         spread = points.std(dim=0).norm()
         visited = (torch.cdist(points, CENTRES) < 1).sum(dim=0) > 40
         print(f"{label:8} {reward(paths).mean():5.2f} {spread:7.2f} {visited.sum():12} of 8")
-    panel.figure.savefig("points.png", dpi=200)
+    panel.figure.savefig("points.png", dpi=140)
     print("The picture is in points.png.")
     return results
 
