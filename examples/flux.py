@@ -83,6 +83,7 @@ class Run:
     reward: flow_grpo.Reward
     records: list  # dicts of the prompt file
     grid: tuple  # rows and columns of an image's L tokens
+    guided: bool  # whether guidance is an input, as for FLUX.1-dev, but not for FLUX.1-schnell
     texts: dict = None  # what `encode` makes of prompts
 
 
@@ -115,8 +116,7 @@ def schedule(run, steps):
     """
     scheduler = run.pipe.scheduler
     rows, columns = run.grid
-    names = "base_image_seq_len max_image_seq_len base_shift max_shift".split()
-    mu = calculate_shift(rows * columns, *[scheduler.config[name] for name in names])
+    mu = calculate_shift(rows * columns)
     scheduler.set_timesteps(sigmas=[1 - k / steps for k in range(steps)], mu=mu)
     return scheduler.sigmas.tolist()
 
@@ -129,9 +129,9 @@ def velocity_along(run, times, records):
     # An image token's position is (0, row, column), and each text token's is (0, 0, 0).
     img_ids = torch.cartesian_prod(*[torch.arange(n, device=DEVICE) for n in (1, *run.grid)])
     txt_ids = torch.zeros(embeds.shape[1], 3, device=DEVICE)
-    # Guidance is an input, not a second pass without the prompt. FLUX.1-schnell has none.
+    # Guidance is an input, not a second pass without the prompt.
     guidance = None
-    if transformer.config.guidance_embeds:
+    if run.guided:
         guidance = torch.full([len(records)], GUIDANCE_SCALE, device=DEVICE)
 
     def velocity(x, k):
@@ -275,8 +275,9 @@ def train(run):
         batches = sample(run, times, records, generator)
         reward = torch.cat([batch.rewards for batch in batches]).mean()
         print(f"epoch {epoch}: reward {reward:.4g}")
-        for update in range(UPDATES_PER_EPOCH):
-            stats = add_gradient(run, times, batches[update::UPDATES_PER_EPOCH])
+        updates = min(UPDATES_PER_EPOCH, len(batches))
+        for update in range(updates):
+            stats = add_gradient(run, times, batches[update::updates])
             stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -287,14 +288,22 @@ def prepare(config):
     """All that comes before training: what is cheap to check first, the large model last."""
     if Path(config.output_dir, WEIGHTS).exists():
         raise flow_grpo.UserError(f"{config.output_dir} holds a run: give another --output-dir")
+    least = {"group_size": 2, "beta": 0, "learning_rate": 1e-20, "seed": 0}
+    for name, value in vars(config).items():
+        if not isinstance(value, str | bool) and not value >= least.get(name, 1):
+            raise flow_grpo.UserError(f"{name} can't be {value}, which is too small")
     reward = flow_grpo.load_reward(config.reward)
     records = flow_grpo.read_prompts(config.prompt_file, reward)
+    # Blank images load the reward's models and find what fails.
+    blank = torch.zeros(2, 3, config.height, config.width, device=DEVICE)
+    flow_grpo.score_images(reward, blank, records[:1] * 2)
     # bfloat16 reaches as far as float32, so the loss needs no scaling.
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
     dtypes = {"default": dtype, "vae": torch.float32}
     hint = "give a folder, or a name on the hub, whose licence you have accepted there"
     with flow_grpo.explain(f"the model {config.model} can't be loaded", hint):
         pipe = FluxPipeline.from_pretrained(config.model, dtype=dtypes)
+        guided = pipe.transformer.config.guidance_embeds  # Other models than FLUX don't say.
     unit = 2 * pipe.vae_scale_factor
     if config.height % unit or config.width % unit:
         raise flow_grpo.UserError(f"--height and --width need to be multiples of {unit}")
@@ -307,17 +316,20 @@ def prepare(config):
     transformer.to(DEVICE)
     pipe.vae.to(DEVICE)
     pipe.vae.enable_slicing()  # It decodes one image at a time.
-    return Run(config, pipe, reward, records, (config.height // unit, config.width // unit))
+    grid = config.height // unit, config.width // unit
+    return Run(config, pipe, reward, records, grid, guided)
 
 
 def main(argv=None):
     """Train. Returns the exit code: 0, or 2 for what the user can mend."""
     try:
         train(prepare(tyro.cli(Config, args=argv)))
+        return 0
     except flow_grpo.UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+        return flow_grpo.report(2, e)
+    except torch.OutOfMemoryError:
+        hint = "give --gradient-checkpointing or a lower --batch-size"
+        return flow_grpo.report(2, f"out of memory: {hint}")
 
 
 if __name__ == "__main__":

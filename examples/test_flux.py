@@ -381,6 +381,11 @@ def test_runs_of_one_seed_are_equal(dev, capsys):
         ({"model": "none"}, "the model none can't be loaded"),
         ({"height": 18}, "--height and --width need to be multiples of 4"),
         ({"output_dir": "old"}, "old holds a run: give another --output-dir"),
+        ({"model": flow_grpo.HERE / "tiny-sd3"}, "the model .*tiny-sd3 can't be loaded"),
+        ({"group_size": 1}, "group_size can't be 1"),
+        ({"batch_size": 0}, "batch_size can't be 0"),
+        ({"beta": -1}, "beta can't be -1"),
+        ({"learning_rate": math.nan}, "learning_rate can't be nan"),
     ],
 )
 def test_bad_input_ends_in_one_sentence(dev, capsys, changes, sentence):
@@ -388,9 +393,16 @@ def test_bad_input_ends_in_one_sentence(dev, capsys, changes, sentence):
     Path("old/pytorch_lora_weights.safetensors").touch()
     assert flux.main(arguments(**{"model": dev, **changes})) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"error: {sentence}")
+    assert re.match(f"error: {sentence}", error)
 
 
 def test_defaults_are_those_that_flow_grpo_shares():
     shared = vars(flow_grpo.Config())
     assert set(vars(flux.Config(prompt_file=""))) <= set(shared)
+
+
+def test_a_single_batch_is_trained_in_a_single_update(dev, capsys):
+    assert flux.main(arguments(model=dev, batch_size=8)) == 0
+    output = capsys.readouterr().out
+    assert "update 1" in output
+    assert "update 2" not in output

@@ -39,6 +39,8 @@ def cps_step(velocity, x, t, t_next, noise_level, x_next=None, generator=None):
     noise_level: from 0 to 1. The log_prob is -(x_next - mean)^2, averaged over elements: as in the
     paper's code, it lacks the variance, so its ratios can't be compared with those of sde_step.
     """
+    if not 0 <= noise_level <= 1:
+        raise ValueError(f"the noise level of CPS is within 0..1, but {noise_level} was given")
     if noise_level == 0:  # Both are the ODE's Euler step then.
         return sde_step(velocity, x, t, t_next, noise_level, x_next)
     velocity = velocity.float()
@@ -128,8 +130,10 @@ def velocity_kl(velocity, ref_velocity):
 class NotedStep:
     """sde_step, which also notes what a variant needs of the step that `optimize` is at.
 
-    That is velocity, ref_velocity (if beta > 0), mean, old_mean, std, and dt as a float. The old
-    means of an epoch take as much main memory as its latents.
+    That is velocity, ref_velocity (if beta > 0), mean, old_mean, std, and dt as a float. A rollout
+    gives no x_next, the update gives one, and there only the policy's velocity has a gradient.
+    `optimize` shuffles the images, so each sample's old mean is found by the sample's bytes. The
+    old means of an epoch take as much main memory as its latents.
     """
 
     def __init__(self):
@@ -193,6 +197,9 @@ def put_in_place(name):
 
 def main(argv):
     """Train by the variant argv[0], with the flags of flow_grpo.py. Returns the exit code."""
+    if argv in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
     if not argv or argv[0] not in VARIANTS:
         return flow_grpo.report(2, f"give one of {', '.join(VARIANTS)}, then flow_grpo.py's flags")
     put_in_place(argv[0])

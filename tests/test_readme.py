@@ -14,7 +14,8 @@ from tests.small import HERE, PROMPTS, made_once, only_error, start, write
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [HERE / "README.md", *sorted(HERE.glob("[!.]*/README.md"))]
-PYTHON = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+TEXTS = "".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
+PYTHON = re.findall(r"^```python\n(.*?)^```", TEXTS, re.MULTILINE | re.DOTALL)
 SHELL = re.findall(r"^```(?:bash|sh)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
@@ -99,7 +100,7 @@ def test_the_readmes_resume_goes_on(quick_start, tmp_path, capsys):
 
 # ---- Python.
 @pytest.mark.parametrize("block", PYTHON, ids=first_words)
-def test_the_readmes_python_runs(quick_start, block):
+def test_the_documents_python_runs(quick_start, block):
     torch.manual_seed(0)
     exec(block, {})
     for picture in re.findall(r"""save\("(.*?)"\)""", block):
