@@ -1,6 +1,7 @@
 """What the tests share: small random models in the hub's format, and small runs of them."""
 
 import json
+import math
 import multiprocessing
 import os
 import runpy
@@ -348,6 +349,13 @@ def normal(*shape, seed=0):
 
 def close(got, expected, rtol=1e-4, atol=1e-5):
     torch.testing.assert_close(got, expected, rtol=rtol, atol=atol, check_dtype=False)
+
+
+def is_standard_normal(noise):
+    """Its mean and std are within 5 standard errors of 0 and 1."""
+    count = noise.numel()
+    assert abs(noise.mean()) < 5 / math.sqrt(count)
+    assert abs(noise.std() - 1) < 5 / math.sqrt(2 * count)
 
 
 # ---- Runs in several processes, and what runs leave: for test_runs.py and test_processes.py.

@@ -318,6 +318,41 @@ def same_epoch(one, other):
     assert one.stats["ratio_deviation"] < 1e-5
 
 
+@pytest.fixture
+def warnings_again():
+    """Without it, torch would warn only once in a process."""
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(False)
+
+
+@pytest.mark.usefixtures("warnings_again")
+@pytest.mark.filterwarnings("error:Converting a tensor with requires_grad")
+def test_only_the_policy_with_the_prompt_has_a_graph(model, work):
+    """Each step of a batch takes four passes: with and without the prompt and the adapter.
+
+    A statistic with a graph would keep it in memory.
+    """
+    run = small_run(model, sde_steps=2, sde_last_step=2)
+    samples = flow_grpo.sample(run)
+    graphs = []
+
+    def record_graph(*_):
+        graphs.append(torch.is_grad_enabled())
+
+    run.pipe.transformer.register_forward_pre_hook(record_graph)
+    flow_grpo.optimize(run, samples)
+    steps = 2 * 2 * 2  # of two updates with two batches
+    assert len(graphs) == 4 * steps
+    assert sum(graphs) == steps
+
+
+def test_a_process_without_images_takes_the_optimiser_step_too(model, work):
+    run = small_run(model, half=True)
+    assert flow_grpo.optimizer_step(run) == 0
+    assert run.updates == 1
+
+
 def test_checkpoints_change_no_gradient_and_compute_activations_twice(model, work, monkeypatch):
     plain = epoch(model, monkeypatch)
     checkpointed = epoch(model, monkeypatch, gradient_checkpointing=True)

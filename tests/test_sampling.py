@@ -1,4 +1,4 @@
-"""Evaluation, what a rollout draws and for whom, the saved weights, and averages of scores."""
+"""Evaluation, what a rollout draws and for whom, the adapter, and averages of scores."""
 
 import threading
 from pathlib import Path
@@ -10,7 +10,16 @@ import torch
 from safetensors.torch import load_file
 
 import flow_grpo
-from tests.small import PROMPTS, close, copied, normal, small_run, stock_images
+from tests.small import (
+    PROMPTS,
+    close,
+    copied,
+    is_standard_normal,
+    joined,
+    normal,
+    small_run,
+    stock_images,
+)
 
 
 def redness(images):
@@ -154,8 +163,7 @@ def test_all_images_of_all_epochs_and_seeds_begin_with_noise_of_their_own(model,
 
 def test_the_noise_of_a_rollout_is_standard_normal(model, work, quick):
     noise = flow_grpo.sample(small_run(model, group_size=24)).latents[:, 0]
-    assert noise.mean().item() == pytest.approx(0, abs=0.05)
-    assert noise.std().item() == pytest.approx(1, abs=0.05)
+    is_standard_normal(noise)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -307,6 +315,58 @@ def test_images_are_in_0_to_1(model, work):
     images = flow_grpo.decode(run.pipe.vae, 100 * normal(2, *run.latent_shape))
     assert images.min() == 0
     assert images.max() == 1
+
+
+# ---- The adapter: W + alpha / rank B A in place of W.
+@pytest.fixture
+def fresh(model, work):
+    """A run whose adapter has done nothing yet, in a small window."""
+    return small_run(model, active=False, sde_steps=2, sde_last_step=2)
+
+
+ENDS = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
+PLACES = [f"transformer_blocks.{i}.attn.{end}" for i in (0, 1) for end in ENDS]
+
+
+def test_the_adapter_is_where_the_authors_have_it(fresh):
+    transformer = fresh.pipe.transformer
+    named = [(name, p) for name, p in transformer.named_parameters() if p.requires_grad]
+    # The last block has no to_add_out, and the second attention of the first has no adapter.
+    assert {name.split(".lora_")[0] for name, _ in named} == set(PLACES[:-1])
+    assert transformer.transformer_blocks[0].attn2 is not None
+    assert [id(p) for _, p in named] == [id(p) for p in fresh.parameters]
+
+
+def test_the_adapter_is_in_float32_and_its_alpha_is_twice_its_rank(model, work):
+    run = small_run(model, half=True)
+    assert {p.dtype for p in run.parameters} == {torch.float32}
+    layer = run.pipe.transformer.transformer_blocks[0].attn.to_q
+    assert layer.weight.dtype == torch.float16
+    assert layer.lora_A["default"].weight.shape == (4, 16)
+    assert layer.scaling == {"default": 2.0}
+
+
+def test_the_adapter_begins_gaussian_and_without_effect(fresh):
+    """B = 0, and A is of N(0, 1 / rank^2)."""
+    named = list(fresh.pipe.transformer.named_parameters())
+    is_standard_normal(joined(p for name, p in named if "lora_A" in name) * 4)
+    assert not joined(p for name, p in named if "lora_B" in name).any()
+
+
+def test_the_adapter_depends_on_the_seed(model, work):
+    runs = [small_run(model, active=False, seed=seed) for seed in (0, 0, 1)]
+    first, again, other = [joined(run.parameters) for run in runs]
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_training_changes_the_adapter_alone(fresh):
+    named = fresh.pipe.transformer.state_dict()
+    before = dict(zip(named, copied(named.values())))
+    flow_grpo.optimize(fresh, flow_grpo.sample(fresh))
+    changed = {name for name, p in named.items() if not torch.equal(p, before[name])}
+    adapter = {name for name in named if ".lora_" in name}
+    assert {name for name in adapter if "blocks.0" in name} <= changed <= adapter
 
 
 # ---- Averages.
