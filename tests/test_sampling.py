@@ -1,6 +1,5 @@
 """Evaluation, what a rollout draws and for whom, the adapter, and averages of scores."""
 
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -269,10 +268,8 @@ def test_rewards_may_be_whole_numbers(model, work, quick):
 
 
 @pytest.fixture
-def switches(monkeypatch):
+def switches():
     """torch's switches, which the test may set."""
-    # torch 2.7 has no default device any more after one was set here.
-    monkeypatch.setattr(torch, "_GLOBAL_DEVICE_CONTEXT", threading.local())
     yield
     torch.set_default_dtype(torch.float32)
     torch.set_default_device("cpu")
