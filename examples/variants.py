@@ -36,6 +36,9 @@ def cps_step(velocity, x, t, t_next, noise_level, x_next=None, generator=None):
     Its noises have the variance t_next^2 together, which is just what the flow has at t_next. The
     SDE's steps have more, which stays visible in the images.
 
+    Take beta 0: in late steps std is so small that gaussian_kl, which divides by its square, would
+    drown the reward.
+
     noise_level: from 0 to 1. The log_prob is -(x_next - mean)^2, averaged over elements: as in the
     paper's code, it lacks the variance, so its ratios can't be compared with those of sde_step.
     """
