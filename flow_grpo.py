@@ -90,7 +90,7 @@ class Config:
     """
 
     prompt_file: str = ""  # The prompts: a .txt with one per line, or a .jsonl with records.
-    eval_prompt_file: str = ""  # The prompts to evaluate on. Without it, half are held out.
+    eval_prompt_file: str = ""  # The prompts to evaluate on. Without it, up to half are held out.
     output_dir: str = ""  # The folder of the run. Without it, the run gets a new one in runs/.
     resume: str = ""  # The folder of a run that is to go on.
     model: str = "stabilityai/stable-diffusion-3.5-medium"  # A name on the hub, or a folder.
