@@ -244,6 +244,17 @@ def test_a_rollout_takes_step_after_step_each_with_its_noise_level(shape):
     assert not log_probs.requires_grad
 
 
+def test_a_rollout_of_half_noise_is_computed_in_float32():
+    dtypes = set()
+
+    def velocity(x, k):
+        dtypes.add(x.dtype)
+        return x
+
+    rollout(velocity, normal(10, 2).half(), TIMES, LEVELS, seeded())
+    assert dtypes == {torch.float32}
+
+
 def test_advantages_by_hand():
     """A = (r - mean of the group) / (std + 1e-4), with the std of all rewards or of the group.
 

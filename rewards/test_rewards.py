@@ -24,6 +24,7 @@ import torch.nn.functional as F
 import transformers
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 from torchvision.transforms.functional import to_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -173,6 +174,40 @@ def test_only_images_higher_than_64_pixels_are_searched_for_lines(height, finds_
     assert ocr.ocr_engine(height, 128).use_det == finds_lines
 
 
+def seen_by(part, monkeypatch):
+    """Records what a network of PP-OCR is given from now on."""
+    session = Mock(wraps=part.session)
+    monkeypatch.setattr(part, "session", session)
+    return session
+
+
+def test_pp_ocr_neither_enlarges_nor_shrinks_a_large_image(monkeypatch):
+    ocr.read(large_signs())  # which loads the networks
+    session = seen_by(ocr.ocr_engine(192, 256).text_det, monkeypatch)
+    ocr.read(large_signs()[:1])
+    (pixels,) = session.call_args.args
+    assert pixels.shape == (1, 3, 192, 256)
+
+
+def test_pp_ocr_reads_a_short_line_without_padding_on_one_thread(monkeypatch):
+    ocr.read(small_signs("407"))
+    reader = ocr.ocr_engine(32, 64).text_rec
+    options = reader.session.session.get_session_options()
+    assert options.intra_op_num_threads == 1
+    session = seen_by(reader, monkeypatch)
+    ocr.read(small_signs("407"))
+    (pixels,) = session.call_args.args
+    assert pixels.shape == (1, 3, 48, 96)
+
+
+def test_images_that_are_wider_than_high_are_set_up_as_such(monkeypatch):
+    engine = Mock(return_value=SimpleNamespace(txts=None))
+    load = Mock(return_value=engine)
+    monkeypatch.setattr(ocr, "ocr_engine", load)
+    ocr.read(torch.zeros(1, 3, 32, 128))
+    load.assert_called_once_with(32, 128)
+
+
 def test_signs_are_scored():
     prompts = ['a "417"', 'a "7"', "a “65”", 'a " " "902"']
     columns = ocr.reward(small_signs("407", "83", "651", "902"), prompts, [{}] * 4)
@@ -209,6 +244,11 @@ def test_the_score_comes_first_and_an_empty_image_scores_0():
         ("❤\ufe0f", "❤", 1),
         ("CAFÉ", "CAFE", 3 / 4),  # which looks different
         ("a-b", "ab", 2 / 3),
+        ("grand\thotel\n", "grandhotel", 1),
+        ("STRASSE", "Straße", 1),
+        ("5″ pipe", '5" pipe', 1),
+        ("a―b", "a-b", 1),
+        ("0123456789abcdefghij", "0123456789abcdefghi!", 1 - 1 / 20),
     ],
 )
 def test_ocr_score_is_the_papers(quoted, read, score, monkeypatch):
@@ -436,6 +476,8 @@ def refuses(words, include, **rest):
 
 
 def test_include_is_a_list_of_clauses_and_exclude_a_list():
+    with pytest.raises(ValueError, match="list `include`"):
+        geneval.check({"prompt": "a bench"})
     refuses("list `include`", None)
     refuses("list `include`", [])
     refuses("list `include`", BENCH)
@@ -461,6 +503,28 @@ def test_include_is_a_list_of_clauses_and_exclude_a_list():
 def test_a_clause_has_a_class_of_coco_and_a_count(clause, words):
     refuses(words, [BENCH, clause])
     refuses(words, [BENCH], exclude=[clause])
+
+
+def test_classes_are_cocos_80_in_its_order():
+    """torchvision's list has places without a class, too."""
+    places = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    classes = [name for name in places if name not in ("__background__", "N/A")]
+    assert [names[-1] for names in geneval.COCO] == classes
+    for name in classes:
+        geneval.check({"include": [{"class": name, "count": 1}]})
+
+
+COLORS = "red orange yellow green blue purple pink brown black white".split()
+
+
+@pytest.mark.parametrize("color", COLORS)
+def test_genevals_colors_can_be_judged(color):
+    geneval.check({"include": [BENCH | {"color": color}]})
+
+
+def test_the_detectors_image_size_is_genevals():
+    size = run_path(geneval.__file__)["DETECTOR_SIZE"]
+    assert size == {"shortest_edge": 800, "longest_edge": 1333}
 
 
 def test_a_color_is_one_of_ten():
@@ -618,6 +682,12 @@ def pictures(number, height, width):
     return pixels / 255, [Image.fromarray(array) for array in arrays]
 
 
+def hard_edges():
+    """An image [3, 24, 24] and the same of PIL: enlarged, it leaves the range 0..1 at its edges."""
+    image = (torch.arange(24) // 4 % 2).float().expand(3, 24, 24)
+    return image, Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy())
+
+
 def open_clip_model():
     """CLIP, its transform of PIL images and its tokenizer, as open_clip gives them."""
     name = clipscore.CLIP
@@ -661,6 +731,14 @@ def test_clipscore_is_the_cosine(models):
     expected = F.cosine_similarity(image, text)
     assert torch.allclose(rewards, expected, atol=2e-3)
     assert expected.std() > 0.05
+
+
+def test_an_enlarged_image_stays_in_0_to_1_as_a_file_does(models):
+    image, pil = hard_edges()
+    _, transform, _ = open_clip_model()
+    expected = transform(pil)
+    pixels = clipscore.clip_pixels(image[None])[0]
+    assert torch.allclose(pixels, expected, atol=0.03)
 
 
 @pytest.mark.parametrize("module", [clipscore, pickscore])
@@ -848,6 +926,13 @@ def test_clip_sees_a_crop_as_it_would_see_a_file(models):
             assert torch.allclose(geneval.clip_image(to_tensor(crop)), expected, atol=2e-3)
 
 
+def test_a_small_crop_stays_in_0_to_1_as_a_file_does(models):
+    image, pil = hard_edges()
+    model, transform, _ = open_clip_model()
+    expected = F.normalize(model.encode_image(transform(pil)[None])[0], dim=0)
+    assert torch.allclose(geneval.clip_image(image), expected, atol=2e-3)
+
+
 @pytest.fixture
 def finds_two_benches(models, monkeypatch):
     """The detector finds the same two benches in each image."""
@@ -937,11 +1022,12 @@ def columns_of(module, images):
 
 
 @pytest.mark.parametrize("module", [ocr, clipscore, pickscore, geneval])
-def test_a_gpu_gives_the_same_scores(models, module):
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+def test_a_gpu_gives_the_same_scores_wherever_the_images_are(models, module, place):
     images, _ = pictures(3, 64, 96)
     expected = columns_of(module, images)
     with pretended_gpu():
-        columns = columns_of(imported_anew(module), images.to("cuda"))
+        columns = columns_of(imported_anew(module), images.to(place))
     assert columns.keys() == expected.keys()
     for name, column in columns.items():
         assert torch.allclose(column, expected[name], atol=5e-3)

@@ -63,6 +63,10 @@ def test_by_default_the_settings_are_the_published_ones(settings):
     assert PUBLISHED.items() <= settings("--model=some/model").items()
 
 
+def test_evaluations_take_40_steps_and_rollouts_10():
+    assert (flow_grpo.EVAL_DENOISING_STEPS, flow_grpo.ROLLOUT_DENOISING_STEPS) == (40, 10)
+
+
 @pytest.mark.parametrize("folder", ["mine", "~/mine"])
 def test_a_models_folder_may_bring_settings_and_flags_come_before_them(
     settings, monkeypatch, folder
@@ -251,6 +255,7 @@ NO_PROMPTS = {
     "lines.json": LINES,
     "lines.txt": LINES,
     "indented.txt": "\n  " + LINES,
+    "headed.txt": 'signs\n{"prompt": "a sign"}',
     "list.txt": json.dumps(SIGNS),
     "lists.txt": '["a", "b"]\n["c", "d"]',
     "pretty.txt": json.dumps(SIGNS, indent=2),
@@ -298,7 +303,7 @@ def warnings_of(monkeypatch, library):
 
 def test_prompts_that_clip_cuts_are_said_once(model, work, monkeypatch, capsys):
     warnings = [warnings_of(monkeypatch, library) for library in (diffusers, transformers)]
-    write("long.txt", "short", *[f"very long prompt {i}" for i in range(3)])
+    write("long.txt", "short", "tenletters", *[f"very long prompt {i}" for i in range(3)])
     assert main(arguments(model, prompt_file="long.txt", epochs=1, group_size=2)) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "CLIP" in line]
     assert len(said) == 1

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -234,6 +235,15 @@ def test_bad_input_is_said_by_one_process(model, work):
 
 
 # ---- Processes that torchrun hasn't started.
+def test_an_error_is_said_though_the_store_has_ended_with_process_0(monkeypatch, capsys):
+    store = Mock()
+    store.add.side_effect = RuntimeError("connection closed")
+    monkeypatch.setattr(flow_grpo, "store", store)
+    monkeypatch.setattr(signal, "signal", Mock())
+    assert flow_grpo.report(2, "no") == 2
+    assert capsys.readouterr().err == "error: no\n"
+
+
 ALONE = [{"RANK": "1"}, {"WORLD_SIZE": "", "RANK": ""}, {"LOCAL_RANK": "1", "WORLD_SIZE": "1"}]
 
 
