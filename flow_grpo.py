@@ -594,7 +594,7 @@ def join_processes():
         # From here on, "cuda" is this GPU, for rewards as well. Processes may have to share one.
         torch.cuda.set_device(RANK % torch.cuda.device_count())
     with explain("can't join the other processes", "for a run of one process, unset WORLD_SIZE"):
-        store, _, _ = next(dist.rendezvous("env://"))
+        store = next(dist.rendezvous("env://"))[0]
         # Gloo serves GPUs, too. It fails at once when a process dies, and an optimiser step of
         # SD3.5 has no more than 75 MB to sum.
         dist.init_process_group("gloo", store=store, rank=RANK, world_size=PROCESSES)
@@ -954,6 +954,7 @@ def write_pictures(run, images):
 
 
 # ---- Command line.
+COMMAND = "flow_grpo.py"  # by which a run goes on
 # The model and the reward may have been moved; which ones a run takes, it prints.
 MAY_CHANGE = (
     "resume model reward epochs eval_every batch_size compile gradient_checkpointing".split()
@@ -1034,7 +1035,7 @@ def main(argv=None):
         folder = gather(os.path.expanduser(flags.resume or flags.output_dir or new))[0]
         with own_folder(folder):
             run = start(*configure(parse, flags, folder))
-            to_go_on = f"; to go on: python flow_grpo.py --resume {folder!r}"
+            to_go_on = f"; to go on: python {COMMAND} --resume {folder!r}"
             train(run)
             print(f"Weights and images are in {folder}")
             gather(None)  # All leave together: to leave early would abort those still at work.

@@ -3,6 +3,7 @@
 import math
 from itertools import pairwise
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -431,7 +432,16 @@ def test_in_flow_grpo_each_gets_what_it_needs():
     close(kl * 0.1, velocity_kl(new_v, ref_v))  # `optimize` multiplies it by |dt|.
 
 
-def test_the_script_trains_with_each(work, model):
+def test_an_interrupted_run_goes_on_by_its_variant(work, model, capsys, monkeypatch):
+    monkeypatch.setattr(flow_grpo, "train", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(flow_grpo, "COMMAND", "")
+    assert variants.main(["cps", *arguments(model)]) == 130
+    command = "to go on: python examples/variants.py cps --resume 'out'"
+    assert command in capsys.readouterr().err
+
+
+def test_the_script_trains_with_each(work, model, monkeypatch):
+    monkeypatch.setattr(flow_grpo, "COMMAND", "")
     given = {"epochs": 1, "eval_every": 1, "beta": 1.0, "noise_level": 0.8} | WINDOW
     logged = {}
     for name in variants.VARIANTS:

@@ -206,6 +206,7 @@ def main(argv):
     if not argv or argv[0] not in VARIANTS:
         return flow_grpo.report(2, f"give one of {', '.join(VARIANTS)}, then flow_grpo.py's flags")
     put_in_place(argv[0])
+    flow_grpo.COMMAND = f"examples/variants.py {argv[0]}"
     return flow_grpo.main(argv[1:])
 
 
