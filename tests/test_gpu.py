@@ -255,6 +255,13 @@ def test_a_process_has_a_gpu_of_its_own_as_long_as_they_last(monkeypatch, rank, 
     set_device.assert_called_once_with(chosen)
 
 
+def test_a_step_does_not_wait_for_a_gpus_times_to_refuse_them(gpu):
+    v, x = normal(2, 3, 4).to("cuda")
+    t = torch.full((3,), 900.0).to("cuda")
+    _, log_prob, _, _ = flow_grpo.sde_step(v, x, t, 0.5, 0.7)
+    assert log_prob.isnan().all()
+
+
 def test_a_step_on_a_gpu_may_draw_by_a_generator_of_the_cpu(gpu):
     v, x = normal(2, 3, 4)
     on_cpu = flow_grpo.sde_step(v, x, 0.6, 0.5, 0.7, generator=seeded())
