@@ -194,7 +194,7 @@ def add_gradient(run, times, batches):
     beta = run.config.beta
     transformer = run.pipe.transformer
     images = sum(len(batch.records) for batch in batches)
-    means = {}
+    parts = []
     for batch in flow_grpo.bar(batches, "updates"):
         velocity = velocity_along(run, times, batch.records)
         latents = batch.latents.to(DEVICE)
@@ -218,9 +218,8 @@ def add_gradient(run, times, batches):
             (loss * weight).backward()
             # Before the first update, it is 0 if rollout and training agree to the last bit.
             stats["ratio_deviation"] = (log_prob.detach() - old).expm1().abs().max()
-            for name, value in stats.items():
-                means[name] = means.get(name, 0.0) + float(value) * weight
-    return means
+            parts.append({name: float(value) * weight for name, value in stats.items()})
+    return flow_grpo.add_up(parts)
 
 
 def evaluate(run, records):

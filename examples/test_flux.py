@@ -8,10 +8,11 @@ import flux
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel
 
 import flow_grpo
 from tests.small import (
+    clip_tokenizer,
     close,
     hidden_gpu,  # noqa: F401
     joined,
@@ -43,12 +44,8 @@ SMALL = {
 def save_random_pipeline(folder, guidance_embeds):
     """FLUX.1-dev if guidance is an input, else FLUX.1-schnell, which also has other times."""
     torch.manual_seed(0)
-    characters = [chr(c) for c in range(33, 127)]
-    ends = [c + "</w>" for c in characters]
-    words = ["<|startoftext|>", "<|endoftext|>", *characters, *ends]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=12)
-    clip = CLIPTextModel(random_clip(len(words), 16).config)
+    tokenizer = clip_tokenizer()
+    clip = CLIPTextModel(random_clip(len(tokenizer), 16).config)
     torch.nn.init.normal_(clip.get_input_embeddings().weight)
     t5, t5_tokenizer = random_t5(width=32)
     transformer = FluxTransformer2DModel(

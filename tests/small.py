@@ -60,6 +60,14 @@ def write(path, *lines):
 
 
 # ---- Small random models in the hub's format.
+def clip_tokenizer():
+    characters = [chr(c) for c in range(33, 127)]
+    ends = [c + "</w>" for c in characters]
+    words = ["<|startoftext|>", "<|endoftext|>", *characters, *ends]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    return transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=12)
+
+
 def random_clip(words, projection):
     config = transformers.CLIPTextConfig(
         vocab_size=words,
@@ -121,13 +129,9 @@ def save_random_pipeline(folder, t5=True, pooled=(16, 16), blocks=2, **network):
     torch.manual_seed(0)
     sizes = SMALL_NETWORK | network
     channels = sizes["in_channels"]
-    characters = [chr(c) for c in range(33, 127)]
-    ends = [c + "</w>" for c in characters]
-    words = ["<|startoftext|>", "<|endoftext|>", *characters, *ends]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    tokenizer = transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=12)
-    first_clip = random_clip(len(words), pooled[0])
-    second_clip = random_clip(len(words), pooled[1])
+    tokenizer = clip_tokenizer()
+    first_clip = random_clip(len(tokenizer), pooled[0])
+    second_clip = random_clip(len(tokenizer), pooled[1])
     t5_parts = random_t5(sizes["joint_attention_dim"])
     torch.manual_seed(0)  # Versions of transformers differ in how much they draw.
     autoencoder = random_autoencoder(channels, blocks)
