@@ -4,8 +4,8 @@
 
 The command draws the first eight held-out prompts by the base model and by the two runs, from the
 same noise, and writes assets/before_after_without_kl.png. The number asked for stands above each
-sign, and a sign that PP-OCR doesn't read so has a red frame. Below each panel are numbers of
-judge.py.
+sign, and a sign that PP-OCR doesn't read so has a red frame. Below each panel are the exact share
+and the spread by judge.py.
 """
 
 import argparse
@@ -38,11 +38,9 @@ def show(axes, word: str, image: torch.Tensor) -> None:
         spine.set(color="red", linewidth=4)
 
 
-def summary(run: Path, base: bool) -> str:
-    numbers = judge(run, base)
-    exact, _ = numbers["exact"]
-    spread, _ = numbers["spread"]
-    return f"{exact:.0%} are right, spread {spread:.2f}"
+LEGEND = """red frame: not exactly the number that stands above the sign
+right: the share of 512 such signs without a red frame; \
+spread: how far two of them differ, {real_spread:.2f} in real signs"""
 
 
 def main() -> None:
@@ -57,14 +55,18 @@ def main() -> None:
         "after the default run": (args.run, False),
         f"after {epochs} epochs without KL": (args.without_kl, False),
     }
-    figure = Figure(figsize=(15, 6.2), layout="constrained")
+    figure = Figure(figsize=(15, 7), layout="constrained")
     parts = figure.subfigures(1, 3, wspace=0.1)
     for part, (title, panel) in zip(parts, panels.items()):
+        numbers = judge(*panel)
+        exact, _ = numbers["exact"]
+        spread, real_spread = numbers["spread"]
         part.suptitle(title, fontsize=20, weight="bold")
-        part.supxlabel(summary(*panel), fontsize=15)
+        part.supxlabel(f"{exact:.0%} right, spread {spread:.2f}", fontsize=17)
         words, images = draw(*panel)
         for axes, word, image in zip(part.subplots(4, 2).flat, words, images):
             show(axes, word, image)
+    figure.supxlabel(LEGEND.format(real_spread=real_spread), fontsize=14)
     figure.savefig(HERE / "assets" / "before_after_without_kl.png", dpi=75)
 
 
