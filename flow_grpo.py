@@ -203,13 +203,13 @@ def rollout(velocity, x, times, noise_level, generator=None):
 def group_advantages(rewards, global_std=True, eps=1e-4, clip=5):
     """Advantages within groups [paper]: (r - group mean) / (std + eps), clipped to +-clip [code].
 
-    rewards: [P, G], G images of each of P prompts. Returns [P, G], 0 in a group of equal rewards.
+    rewards: [P, G], G images of P prompts each. Returns float32 [P, G], 0 where a group is equal.
     global_std: divide by the std of all rewards, as in [code], or of the group, as in [paper].
     """
     r = rewards.double()  # in which the mean of equal float32 rewards is exact
     std = r.std(correction=0) if global_std else r.std(dim=1, correction=0, keepdim=True)
     advantages = (r - r.mean(dim=1, keepdim=True)) / (std + eps)
-    return advantages.clamp(-clip, clip).to(rewards.dtype)
+    return advantages.clamp(-clip, clip).float()
 
 
 def gaussian_kl(mean, ref_mean, std):

@@ -265,7 +265,8 @@ def test_advantages_by_hand():
     close(group_advantages(rewards), centred / (5 + 1))  # [code]
     close(group_advantages(rewards, global_std=False), centred / (3 + 1))  # [paper]
     close(group_advantages(rewards, eps=0), centred / 5)
-    assert group_advantages(rewards).dtype == torch.float32
+    assert group_advantages(torch.tensor([[0, 1]]), eps=0).tolist() == [[-1, 1]]
+    assert group_advantages(torch.tensor([[0, 1, 2]])).dtype == torch.float32
 
 
 @pytest.mark.parametrize("global_std", [True, False])

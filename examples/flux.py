@@ -4,8 +4,8 @@
 
 It trains FLUX.1-dev with LoRA, or FLUX.1-schnell by --model black-forest-labs/FLUX.1-schnell. The
 defaults are the settings `pickscore_flux` of the authors' code, yifan123/flow_grpo, or [code]. What
-differs from [code] is the last of the 6 steps. It is not trained, and has no noise here: from
-t = 0.27 to 0, noise of standard deviation 0.29 would stay in the images that are judged.
+differs from [code] is the last of the 6 steps. It is trained in neither, and has no noise here:
+from t = 0.27 to 0, noise of standard deviation 0.29 would stay in the images that are judged.
 
 Left out are resuming, several processes, compiling, held-out prompts, windows of noisy steps, a
 file of metrics, and the average of the LoRA, with which [code] evaluates. One GPU, or CPU, is used.

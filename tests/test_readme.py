@@ -1,5 +1,6 @@
 """The documents' links, commands, flags and Python, and flow_grpo.py alone in a folder."""
 
+import inspect
 import re
 import runpy
 import shlex
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flow_grpo import Config, load_reward, main, score_images
+from flow_grpo import Config, grpo_loss, load_reward, main, score_images, sde_step
 from tests.small import HERE, PROMPTS, made_once, only_error, start, write
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
@@ -27,11 +28,19 @@ def first_words(block):
 LINK = re.compile(r"""!?\[[^\]]*\]\(([^)\s]+)\)|(?:src|href)="([^"]+)\"""")
 
 
+def lines_of_the_functions():
+    """Where the five functions are in flow_grpo.py, as GitHub links to lines."""
+    _, first = inspect.getsourcelines(sde_step)
+    last_lines, start = inspect.getsourcelines(grpo_loss)
+    return f"L{first}-L{start + len(last_lines) - 1}"
+
+
 def places_in(text):
     """A heading's place is its words, joined by hyphens."""
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     named = re.findall(r"""(?:id|name)="([^"]+)\"""", text)
-    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings} | set(named)
+    places = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+    return places | {*named, lines_of_the_functions()}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.parent.name)
