@@ -41,8 +41,8 @@ HERE = Path(__file__).resolve().parent
 HEIGHT = 32
 WIDTH = 64
 PROMPT = 'a sign that says "{}"'
-TEXT_LENGTH = 12  # CLIP tokens; the prompts take 11
-TYPOS = 0.25  # the share of training captions in which one digit is wrong
+TEXT_LENGTH = 7  # tokens: start, the words and a quote, three digits, a quote, end
+TYPOS = 0.33  # the share of training captions in which one digit is wrong
 # One that comes with matplotlib.
 FONT = font_manager.findfont(font_manager.FontProperties(family="DejaVu Sans", weight="bold"))
 
@@ -102,23 +102,14 @@ def draw_sign(text: str, rng: random.Random, varied: bool = False) -> np.ndarray
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer over all bytes, with a token for each word of the prompt and each digit."""
+    """A CLIP tokenizer over all bytes, with one token for the prompt up to its number."""
     letters = sorted(ByteLevel.alphabet())
-    tokens = letters + [c + "</w>" for c in letters]
-    merges = []
-    for word in ("sign", "that", "says"):
-        prefix = word[0]
-        for i, c in enumerate(word[1:], 2):
-            c += "</w>" if i == len(word) else ""
-            merges.append((prefix, c))
-            prefix += c
-            tokens.append(prefix)
-    tokens = list(dict.fromkeys(tokens + ["<|startoftext|>", "<|endoftext|>"]))
-    return CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(tokens)},
-        merges=merges,
-        model_max_length=TEXT_LENGTH,
+    tokens = letters + [c + "</w>" for c in letters] + ["<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=TEXT_LENGTH
     )
+    tokenizer.add_tokens(PROMPT.partition("{}")[0])
+    return tokenizer
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
@@ -183,10 +174,10 @@ def make_pipeline() -> StableDiffusion3Pipeline:
         patch_size=2,
         in_channels=8,
         num_layers=4,
-        attention_head_dim=32,
-        num_attention_heads=4,
+        attention_head_dim=24,
+        num_attention_heads=3,
         joint_attention_dim=128,
-        caption_projection_dim=128,
+        caption_projection_dim=72,
         pooled_projection_dim=128,
         out_channels=8,
         pos_embed_max_size=16,
@@ -310,7 +301,7 @@ def train_transformer(
         noise = torch.randn(size, *latents.shape[1:])
         t = torch.randn(size).sigmoid()
         # Logit-normal, shifted towards noise, where it is decided which digit goes where.
-        t = 2 * t / (1 + t)
+        t = 3 * t / (1 + 2 * t)
         x = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
         velocity = compiled(x, text, pooled[prompt], 1000 * t, return_dict=False)[0]
         average.update_parameters(transformer)
@@ -339,7 +330,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=48_000, help="signs to draw")
     parser.add_argument("--vae-steps", type=int, default=1_500)
-    parser.add_argument("--steps", type=int, default=6_000, help="of the transformer's training")
+    parser.add_argument("--steps", type=int, default=10_000, help="of the transformer's training")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from transformers import CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "rewards"))
@@ -83,6 +84,15 @@ def test_a_typo_is_one_digit_away(neighbours):
 
 
 # ---- The model.
+@pytest.mark.parametrize("digits", ["407", "1234"])
+def test_no_digit_of_a_prompt_is_cut(digits):
+    tokenizer = CLIPTokenizer.from_pretrained(HERE / "tokenizer")
+    ids = tokenizer(make.PROMPT.format(digits), truncation=True).input_ids
+    read = "".join(tokenizer.convert_ids_to_tokens(ids)).replace("</w>", "")
+    assert len(ids) == make.TEXT_LENGTH
+    assert read.startswith(f'<|startoftext|>a sign that says "{digits}')
+
+
 def test_a_null_t5_gives_the_pipelines_zeros():
     encoder, tokenizer = make.make_null_t5(32)
     how = dict(padding="max_length", max_length=7, truncation=True, return_tensors="pt")
