@@ -282,7 +282,7 @@ def minutes_to_goal(record: dict) -> float:
 COLUMNS = {
     "accuracy": lambda record: record["evaluations"][-1]["accuracy"],
     "reward": lambda record: record["evaluations"][-1]["reward"],
-    "exact": lambda record: record["judgement"]["exact"],
+    "exact share": lambda record: record["judgement"]["exact"],
     "spread": lambda record: record["judgement"]["spread"],
     "Fréchet distance": lambda record: record["judgement"]["frechet"],
     "minutes": lambda record: record["evaluations"][-1]["minutes"],

@@ -2,9 +2,11 @@
 
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from types import SimpleNamespace
 
 import claims
@@ -299,6 +301,75 @@ def test_rates_are_chosen_on_numbers_that_are_not_in_the_prompt_file(tmp_path):
     assert len(trained) == 500
     assert len(evaluated) == 64
     assert not trained & evaluated
+
+
+# ---- The documents' numbers.
+HERE = RESULTS.parents[1]
+RECORDS = claims.read_records(RESULTS / "claims.jsonl")
+
+
+def words_of(document):
+    return " ".join((HERE / document).read_text(encoding="utf-8").split())
+
+
+def number(value, digits=3):
+    """As .926, without a zero before the point."""
+    return f"{value:.{digits}f}".removeprefix("0")
+
+
+def average(claim, variant, column, digits=3):
+    runs = claims.runs_of(claim, RECORDS)[variant]
+    assert len(runs) == 3
+    return number(mean(claims.COLUMNS[column](run) for run in runs), digits)
+
+
+def before(column):
+    """The base model's accuracy or reward."""
+    return number(claims.runs_of("gain", RECORDS)["Flow-GRPO"][0]["evaluations"][0][column])
+
+
+BASE = claims.judgements("gain", RECORDS)["base model"]
+TOLD = {  # what the README says of each claim
+    "gain": lambda: (
+        f"The exact share of 512 signs rises from {number(BASE['exact'])} to"
+        f" {average('gain', 'Flow-GRPO', 'exact share')}. By the paper's measure (`eval_ocr`), it"
+        f" rises from {before('reward')} to {average('gain', 'Flow-GRPO', 'reward')}, in the paper"
+        " from .59 to .92."
+    )
+}
+
+
+@pytest.mark.parametrize("claim", TOLD)
+def test_the_readme_says_of_a_claim_what_the_records_say(claim):
+    assert f"| `{claim}` | " in words_of("README.md")
+    assert TOLD[claim]() in words_of("README.md")
+
+
+def test_the_readme_has_no_other_number_on_the_claims():
+    section = words_of("README.md").partition("## Does it reproduce the paper?")[2]
+    section = section.partition(" ## ")[0]
+    for sentences in TOLD.values():
+        section = section.replace(sentences(), "")
+    assert not re.findall(r"\d*\.\d+", section)
+
+
+def test_the_readme_ends_its_run_as_the_first_recorded_one():
+    last = claims.runs_of("gain", RECORDS)["Flow-GRPO"][0]["evaluations"][-1]
+    line = f"epoch 60: eval_reward {last['reward']:.3g} eval_ocr_accuracy {last['accuracy']:.3g}"
+    assert line in words_of("README.md")
+
+
+def test_the_embedded_models_table_is_that_of_the_records():
+    judged = {
+        name: claims.judgements("gain", RECORDS)[name] for name in ("base model", "real signs")
+    }
+    for run in claims.runs_of("gain", RECORDS)["Flow-GRPO"]:
+        judged[f"seed {run['seed']}"] = run["judgement"]
+    table = words_of("tiny-sd3/README.md")
+    for name, judgement in judged.items():
+        cells = [number(judgement[key]) for key in ("exact", "clean")]
+        cells += [f"{judgement['spread']:.2f}", number(judgement["frechet"])]
+        assert claims.row([name, *cells]) in table
 
 
 # ---- A claim from end to end.
