@@ -17,6 +17,9 @@ from judge import draw_images, judge, ocr
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parents[1]
+LEGEND = """red frame: not exactly the number that stands above the sign
+right: the share of 512 such signs without a red frame; \
+spread: how far two of them differ, {real_spread:.2f} in real signs"""
 
 
 def draw(run: Path, base: bool) -> tuple[list[str], torch.Tensor]:
@@ -36,11 +39,6 @@ def show(axes, word: str, image: torch.Tensor) -> None:
     for spine in axes.spines.values():
         spine.set_visible(not is_right)
         spine.set(color="red", linewidth=4)
-
-
-LEGEND = """red frame: not exactly the number that stands above the sign
-right: the share of 512 such signs without a red frame; \
-spread: how far two of them differ, {real_spread:.2f} in real signs"""
 
 
 def main() -> None:
