@@ -186,7 +186,7 @@ def rollout(velocity, x, times, noise_level, generator=None):
         times: [T + 1], falling from 1 to 0.
         noise_level: one for all steps, or T of them.
     Returns latents [B, T + 1, ...], from the noise to the image, and the steps' log_probs [B, T].
-        No gradient passes, so call it under no_grad to save memory.
+        They are detached, so call it under no_grad to save memory.
     """
     levels = torch.as_tensor(noise_level, dtype=torch.float64).expand(len(times) - 1).tolist()
     x = x.float()
@@ -364,7 +364,7 @@ def sample(run):
     epoch_seed = f"{config.seed} {run.epoch}"
     records = list(run.train_records)
     Random(epoch_seed).shuffle(records)
-    # No line of the file comes twice in an epoch, unless it has too few: then as another group.
+    # A line comes twice in an epoch only if the file has too few of them: then as another group.
     chosen = (records * config.prompts_per_epoch)[: config.prompts_per_epoch]
     records = [record for record in chosen for _ in range(config.group_size)]
     times = schedule(run.pipe.scheduler, ROLLOUT_DENOISING_STEPS)

@@ -128,7 +128,7 @@ def encode(encoders: list) -> None:
 
 
 def count_memory(batch_sizes: list[int], checkpointing: bool) -> tuple[float, dict, flow_grpo.Run]:
-    """GB that are always there, GB at the peak by recipe and batch size, and the run."""
+    """GB that are always there, GB at the peak by batch size, and the run."""
     with Allocations() as allocations:
         run = make_run("sd3.5-medium", gradient_checkpointing=checkpointing)
         # The optimiser's moments and the gradient stay from one step to the next.
@@ -137,28 +137,25 @@ def count_memory(batch_sizes: list[int], checkpointing: bool) -> tuple[float, di
             p.grad = torch.zeros_like(p)
         always = allocations.now / 1e9
         peaks = {}
-        for recipe in ("published", "fast"):
-            run.config = replace(flow_grpo.Config(), **RECIPES[recipe])
-            for batch_size in batch_sizes:
-                size = {"batch_size": batch_size, "group_size": batch_size}
-                run.config = replace(run.config, updates_per_epoch=1, **size)
-                peaks[recipe, batch_size] = allocations.peak_of(update_step, run, batch_size)
+        for batch_size in batch_sizes:
+            size = {"batch_size": batch_size, "group_size": batch_size}
+            run.config = replace(flow_grpo.Config(), updates_per_epoch=1, **size)
+            peaks[batch_size] = allocations.peak_of(update_step, run, batch_size)
     del moments
     return always, peaks, run
 
 
 def print_times(run: flow_grpo.Run) -> None:
-    heads = [f"{card}: {what}" for card in RATES for what in ("min per epoch", "epochs per hour")]
+    heads = [f"{card}: minutes per epoch" for card in RATES]
     print("| recipe | TFLOP per image: rollout + update | " + " | ".join(heads) + " |")
-    print("|---|---|---|---|---|---|")
+    print("|---|---|---|---|")
     for recipe, changes in RECIPES.items():
         run.config = replace(flow_grpo.Config(), **changes)
         rollout, update = needed_flops(run)
         flops = rollout + update
         cells = [f"{rollout / 1e12:.3g} + {update / 1e12:.3g} = {flops / 1e12:.3g}"]
         for rate in RATES.values():
-            minutes = flops * 48 * 24 / rate / 60
-            cells.append(f"{minutes:.3g} | {60 / minutes:.3g}")
+            cells.append(f"{flops * 48 * 24 / rate / 60:.3g}")
         print(f"| {recipe} | " + " | ".join(cells) + " |")
 
 
@@ -189,13 +186,10 @@ def main() -> None:
     print(f"While prompts are encoded, the peak is {encoding:.3g}, but {encoding - network:.3g} on")
     print("a card of less than 45 GB, where the network makes room for the text encoders.")
     print(f"The text encoders' weights, which stay on a larger one, have {weights:.3g}.\n")
-    print("| batch | published | fast | published, checkpointing | fast, checkpointing |")
-    print("|---|---|---|---|---|")
+    print("| batch size | GB | GB with gradient checkpointing |")
+    print("|---|---|---|")
     for batch_size in batch_sizes:
-        cells = []
-        for counted in (peaks, checkpointed):
-            cells += [f"{counted[recipe, batch_size]:.1f}" for recipe in ("published", "fast")]
-        print(f"| {batch_size} | " + " | ".join(cells) + " |")
+        print(f"| {batch_size} | {peaks[batch_size]:.1f} | {checkpointed[batch_size]:.1f} |")
 
 
 if __name__ == "__main__":

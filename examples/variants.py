@@ -77,7 +77,7 @@ def guard_loss(log_prob, old_log_prob, advantages, kl, clip_range, beta, mean, o
 
     mean, old_mean: [B, ...], of the policy and of that which drew x_next; std: of both, from
     sde_step; dt: t_next - t, a float or [B]. Ratios are nearer to 1 than those of grpo_loss: with
-    images of 512 x 512 pixels, others take a clip range of 2e-6.
+    images of 512 x 512 pixels, verl-omni takes a clip range of 2e-6.
     """
     bias = gaussian_kl(mean, old_mean, std)
     log_ratio = (log_prob - old_log_prob + bias) * std.flatten()
@@ -91,7 +91,7 @@ def dppo_loss(log_prob, old_log_prob, advantages, kl, clip_range, beta, mean, ol
 
     policy_loss = -ratio advantage, but 0 where the ratio moves further away from 1, and
     (mean - old_mean)^2 / (2 std^2), averaged over elements, has reached the threshold.
-    This is the policy's exact KL to the one that drew x_next, where a ratio is a noisy sample.
+    This is the policy's exact KL to the one that drew x_next. A ratio is but a noisy sample of it.
 
     clip_range: the threshold. It is 1e-5 in the paper's code. `clipfrac` is the share of the
     masked images. mean, old_mean, std: as in guard_loss.
@@ -121,8 +121,8 @@ def velocity_kl(velocity, ref_velocity):
     """In place of gaussian_kl, with velocities for means: (v - v_ref)^2, averaged over elements.
 
     Flow-GRPO's authors prefer it (issue 198 of yifan123/flow_grpo). No |dt| belongs to it. It
-    weighs all steps alike, and is larger than the KL, which has |dt| / 2 (sigma_t (1 - t) / (2t) +
-    1 / sigma_t)^2 of it: users report betas of a hundredth (issue 204).
+    weighs all steps alike, and is larger than |dt| times the KL, which is this times
+    dt^2 / 2 (sigma_t (1 - t) / (2t) + 1 / sigma_t)^2. So users take beta / 100 (issue 204).
 
     velocity, ref_velocity: [B, ...]. Returns [B].
     """
