@@ -278,6 +278,22 @@ def test_the_default_run_has_the_settings_of_the_recorded_ones():
         assert record["settings"] == claims.DEFAULTS | {"seed": record["seed"]}
 
 
+def test_the_baselines_have_the_learning_rates_that_are_best_in_rates():
+    runs = claims.runs_of("rates", claims.read_records(RESULTS / "claims.jsonl"))
+    for method in claims.UPDATES:
+        judged = {}
+        for name, (record,) in runs.items():
+            if name.startswith(f"{method}, "):
+                judged[record["settings"]["learning_rate"]] = record["judgement"]
+        highest = max(judgement["exact"] for judgement in judged.values())
+        as_good = {}
+        for rate, judgement in judged.items():
+            if judgement["exact"] > highest - claims.CHANCE:
+                as_good[rate] = judgement["frechet"]
+        settings = claims.DEFAULTS | claims.CLAIMS["baselines"][method]
+        assert settings["learning_rate"] == min(as_good, key=as_good.get)
+
+
 def test_of_two_records_with_the_same_seed_the_last_counts():
     records = [{"claims": {"gain": "Flow-GRPO"}, "seed": 0, "commit": commit} for commit in "ab"]
     assert claims.runs_of("gain", records) == {"Flow-GRPO": records[1:]}
