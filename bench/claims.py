@@ -357,6 +357,7 @@ def draw_kl(axes, runs: dict, judged: dict) -> None:
         judgement = judged[name]
         axes.plot([judgement["frechet"]], [judgement["exact"]], f"k{marker}", ms=9, label=name)
     axes.set(xlabel="Fréchet distance to real signs", ylabel="exact share", xscale="log")
+    axes.set_xticks([0.03, 0.1, 0.3, 1])
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("")
 
@@ -392,7 +393,7 @@ def draw(claims: list[str], records: list[dict], path: Path) -> None:
         else:
             draw_accuracy(axes, claim, runs)
         axes.set_title(claim, weight="bold")
-        axes.legend(fontsize=9, loc="lower right")
+        axes.legend(fontsize=9)
     for axes in places.flat[len(claims) :]:
         axes.remove()
     figure.savefig(path, dpi=150)

@@ -28,7 +28,9 @@ def per_image(values):
 
 
 @pytest.fixture(autouse=True)
-def paper():
+def paper(monkeypatch):
+    for name in ("COMMAND", "Config", "TINY"):
+        monkeypatch.setattr(flow_grpo, name, getattr(flow_grpo, name))  # and back at the end
     yield
     variants.put_in_place("paper")
 
@@ -434,14 +436,24 @@ def test_in_flow_grpo_each_gets_what_it_needs():
 
 def test_an_interrupted_run_goes_on_by_its_variant(work, model, capsys, monkeypatch):
     monkeypatch.setattr(flow_grpo, "train", Mock(side_effect=KeyboardInterrupt))
-    monkeypatch.setattr(flow_grpo, "COMMAND", "")
     assert variants.main(["cps", *arguments(model)]) == 130
     command = "to go on: python examples/variants.py cps --resume 'out'"
     assert command in capsys.readouterr().err
 
 
-def test_the_script_trains_with_each(work, model, monkeypatch):
-    monkeypatch.setattr(flow_grpo, "COMMAND", "")
+def test_a_run_goes_on_by_its_own_variant_alone(work, model, capsys, monkeypatch):
+    own_config = flow_grpo.Config
+    assert variants.main(["cps", *arguments(model, epochs=1)]) == 0
+    assert variants.main(["guard", "--resume=out", "--epochs=2"]) == 2
+    assert "--variant was cps in out" in capsys.readouterr().err
+    monkeypatch.setattr(flow_grpo, "Config", own_config)
+    assert flow_grpo.main(["--resume=out", "--epochs=2"]) == 2
+    assert "unexpected keyword argument 'variant'" in capsys.readouterr().err
+    assert variants.main(["cps", "--resume=out", "--epochs=2"]) == 0
+    assert len(metrics("out")) == 5
+
+
+def test_the_script_trains_with_each(work, model):
     given = {"epochs": 1, "eval_every": 1, "beta": 1.0, "noise_level": 0.8} | WINDOW
     logged = {}
     for name in variants.VARIANTS:

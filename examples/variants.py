@@ -11,14 +11,15 @@ tempflow     the weights of the steps in TempFlow-GRPO, arXiv 2508.04324
 velocity-kl  the KL penalty on velocities, which Flow-GRPO's authors prefer in their issue 198
 paper        none: what flow_grpo.py does by itself
 
-A run does not record its variant, so resume it by `python examples/variants.py NAME --resume
-FOLDER`. In a loop of your own, call the functions: each takes the arguments of the one that it
+A run goes on by `python examples/variants.py NAME --resume FOLDER`, with the NAME of its variant.
+In a loop of your own, call the functions: each takes the arguments of the one that it
 replaces, but velocity_kl velocities for means, and then what else it needs. The losses are for the
 log-probs of `sde_step`, as those of `cps_step` have no variance.
 """
 
 import math
 import sys
+from dataclasses import dataclass
 
 import torch
 
@@ -192,6 +193,13 @@ VARIANTS = {  # what is put in place of flow_grpo.py's functions
 }
 
 
+@dataclass
+class Config(flow_grpo.Config):
+    """That of a run by a variant: neither another nor flow_grpo.py alone goes on with it."""
+
+    variant: str = "paper"  # The command's first word gives it.
+
+
 def put_in_place(name):
     """From here on, flow_grpo.py works by this variant."""
     for function_name, function in (PAPER | VARIANTS[name]).items():
@@ -207,7 +215,9 @@ def main(argv):
         return flow_grpo.report(2, f"give one of {', '.join(VARIANTS)}, then flow_grpo.py's flags")
     put_in_place(argv[0])
     flow_grpo.COMMAND = f"examples/variants.py {argv[0]}"
-    return flow_grpo.main(argv[1:])
+    flow_grpo.Config = Config
+    flow_grpo.TINY = flow_grpo.recipe(flow_grpo.HERE / "tiny-sd3")
+    return flow_grpo.main([*argv[1:], "--variant", argv[0]])
 
 
 if __name__ == "__main__":
