@@ -148,7 +148,7 @@ def sde_step(velocity, x, t, t_next, noise_level, x_next=None, generator=None):
     Raises ValueError for other t than these. Those in a tensor on a GPU are not checked, as the CPU
         would have to wait for them.
     """
-    known = x.is_cpu or not torch.is_tensor(t)
+    known = not torch.is_tensor(t) or t.is_cpu
     if known and not torch.as_tensor((t_next >= 0) & (t_next < t) & (t <= 1)).all():
         raise ValueError(f"t is {t} and t_next {t_next}, but 0 <= t_next < t <= 1 is needed")
     velocity = velocity.float()

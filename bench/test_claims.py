@@ -336,7 +336,7 @@ DIGITS = {"spread": 2, "minutes": 1, "minutes to accuracy 0.85": 1}
 TOLD = {  # what the documents say of each claim, with [variant: column] for the mean over seeds
     ("README.md", "gain"): (
         "The exact share of 512 signs rises from [base model: exact share] to [Flow-GRPO: exact "
-        "share]. By the paper's measure (`eval_ocr`), it rises from [base model: reward] to "
+        "share]. By the paper's measure (`eval_reward`), it rises from [base model: reward] to "
         "[Flow-GRPO: reward], in the paper from .59 to .92."
     ),
     ("README.md", "steps"): (
@@ -344,17 +344,17 @@ TOLD = {  # what the documents say of each claim, with [variant: column] for the
         "[40 steps: minutes to accuracy 0.85] with 40."
     ),
     ("README.md", "kl"): (
-        "The exact share is [beta 0: exact share] without the penalty and [beta 0.4: exact share] "
-        "with it, but the Fréchet distance to real signs is [beta 0: Fréchet distance] and [beta "
-        "0.4: Fréchet distance]."
+        "The reward is [beta 0: reward] without the penalty and [beta 0.4: reward] with it, but "
+        "the Fréchet distance to real signs is [beta 0: Fréchet distance] and [beta 0.4: Fréchet "
+        "distance]."
     ),
     ("README.md", "noise"): (
         "The exact share is [noise 0.1: exact share] at a noise level of 0.1, [noise 0.7: exact "
         "share] at 0.7, and [noise 1.0: exact share] at 1.0."
     ),
     ("README.md", "group"): (
-        "The exact share is [groups of 4: exact share] with groups of 4, and [groups of 16: exact "
-        "share] with groups of 16."
+        "The accuracy is [groups of 4: accuracy] with groups of 4, and [groups of 16: accuracy] "
+        "with groups of 16."
     ),
     ("README.md", "baselines"): (
         "The exact share is [Flow-GRPO: exact share] by Flow-GRPO, [SFT: exact share] by "
@@ -364,7 +364,8 @@ TOLD = {  # what the documents say of each claim, with [variant: column] for the
     ("bench/README.md", "gain"): (
         "The exact share rises from [base model: exact share] to [Flow-GRPO: exact share], and "
         "the reward from [base model: reward] to [Flow-GRPO: reward]. The spread falls from [base "
-        "model: spread] to [Flow-GRPO: spread]."
+        "model: spread] to [Flow-GRPO: spread], and the Fréchet distance rises from [base model: "
+        "Fréchet distance] to [Flow-GRPO: Fréchet distance]."
     ),
     ("bench/README.md", "steps"): (
         "A run takes [10 steps: minutes] minutes with 10 steps and [40 steps: minutes] with 40, "
@@ -373,18 +374,20 @@ TOLD = {  # what the documents say of each claim, with [variant: column] for the
         "accuracy 0.85] minutes."
     ),
     ("bench/README.md", "kl"): (
-        "Without the penalty, the exact share is [beta 0: exact share] in place of [beta 0.4: "
-        "exact share], but the spread [beta 0: spread] in place of [beta 0.4: spread], and the "
-        "Fréchet distance [beta 0: Fréchet distance] in place of [beta 0.4: Fréchet distance]."
+        "Without the penalty, the reward is [beta 0: reward] in place of [beta 0.4: reward], but "
+        "the spread [beta 0: spread] in place of [beta 0.4: spread], and the Fréchet distance "
+        "[beta 0: Fréchet distance] in place of [beta 0.4: Fréchet distance]."
     ),
     ("bench/README.md", "noise"): (
-        "The exact share is [noise 0.1: exact share] at noise level 0.1, little more than the "
-        "base model's, [noise 0.7: exact share] at 0.7, and [noise 1.0: exact share] at 1.0."
+        "The exact share is [noise 0.1: exact share] at noise level 0.1, where the base model has "
+        "[base model: exact share], and [noise 0.7: exact share] at 0.7 and [noise 1.0: exact "
+        "share] at 1.0."
     ),
     ("bench/README.md", "group"): (
         "The exact share is [groups of 4: exact share] with groups of 4 and [groups of 16: exact "
         "share] with groups of 16, and without a penalty [groups of 4, beta 0: exact share] and "
-        "[groups of 16, beta 0: exact share]."
+        "[groups of 16, beta 0: exact share]. The accuracy with a penalty is [groups of 4: "
+        "accuracy] and [groups of 16: accuracy]."
     ),
     ("bench/README.md", "baselines"): (
         "The exact share is [Flow-GRPO: exact share] by Flow-GRPO ([Flow-GRPO, beta 0: exact "
