@@ -433,7 +433,7 @@ def test_the_documents_say_of_a_claim_what_the_records_say(document, claim):
 
 
 def test_the_readme_has_no_other_number_on_the_claims():
-    section = section_of("README.md")
+    section = section_of("README.md").replace(f"less than {number(claims.CHANCE, 2)}", "")
     for document, claim in TOLD:
         section = section.replace(sentences(document, claim), "")
     assert not re.findall(r"\d*\.\d+", section)
