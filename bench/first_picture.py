@@ -17,7 +17,7 @@ from judge import draw_images, judge, ocr
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parents[1]
-LEGEND = """red frame: not exactly the number that stands above the sign
+LEGEND = """red frame: OCR does not read exactly the number above the sign
 right: the share of 512 such signs without a red frame; \
 spread: how far two of them differ, {real_spread:.2f} in real signs"""
 

@@ -353,13 +353,13 @@ TOLD = {  # what the documents say of each claim, with [variant: column] for the
         "share] at 0.7, and [noise 1.0: exact share] at 1.0."
     ),
     ("README.md", "group"): (
-        "The accuracy is [groups of 4: accuracy] with groups of 4, and [groups of 16: accuracy] "
-        "with groups of 16."
+        "The exact share is [groups of 4: exact share] with groups of 4 and [groups of 16: exact "
+        "share] with groups of 16, and without the penalty [groups of 4, beta 0: exact share] and "
+        "[groups of 16, beta 0: exact share]."
     ),
     ("README.md", "baselines"): (
-        "The exact share is [Flow-GRPO: exact share] by Flow-GRPO, [SFT: exact share] by "
-        "fine-tuning, [RWR: exact share] by reward-weighted regression, and [Flow-DPO: exact "
-        "share] by online DPO."
+        "The exact share is [Flow-GRPO: exact share] by Flow-GRPO with the penalty, [SFT: exact "
+        "share] by SFT, [RWR: exact share] by RWR, and [Flow-DPO: exact share] by Flow-DPO."
     ),
     ("bench/README.md", "gain"): (
         "The exact share rises from [base model: exact share] to [Flow-GRPO: exact share], and "
@@ -371,7 +371,7 @@ TOLD = {  # what the documents say of each claim, with [variant: column] for the
         "A run takes [10 steps: minutes] minutes with 10 steps and [40 steps: minutes] with 40, "
         "and reaches an exact share of [10 steps: exact share] and [40 steps: exact share]. "
         "Accuracy .85 comes after [10 steps: minutes to accuracy 0.85] and [40 steps: minutes to "
-        "accuracy 0.85] minutes."
+        "accuracy 0.85] minutes, by straight lines between evaluations."
     ),
     ("bench/README.md", "kl"): (
         "Without the penalty, the reward is [beta 0: reward] in place of [beta 0.4: reward], but "
@@ -385,8 +385,8 @@ TOLD = {  # what the documents say of each claim, with [variant: column] for the
     ),
     ("bench/README.md", "group"): (
         "The exact share is [groups of 4: exact share] with groups of 4 and [groups of 16: exact "
-        "share] with groups of 16, and without a penalty [groups of 4, beta 0: exact share] and "
-        "[groups of 16, beta 0: exact share]. The accuracy with a penalty is [groups of 4: "
+        "share] with groups of 16, and without the penalty [groups of 4, beta 0: exact share] and "
+        "[groups of 16, beta 0: exact share]. The accuracy with the penalty is [groups of 4: "
         "accuracy] and [groups of 16: accuracy]."
     ),
     ("bench/README.md", "baselines"): (
