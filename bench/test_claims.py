@@ -395,6 +395,13 @@ TOLD = {  # what the documents say of each claim, with [variant: column] for the
         "[Flow-DPO: exact share] by Flow-DPO. The spread is [Flow-GRPO: spread], [SFT: spread], "
         "[RWR: spread] and [Flow-DPO: spread]."
     ),
+    ("bench/README.md", "variants"): (
+        "Without a penalty, the exact share is [Flow-GRPO, beta 0: exact share] by Flow-GRPO, "
+        "[CPS: exact share] by CPS, [GRPO-Guard: exact share] by GRPO-Guard, [Flow-DPPO: exact "
+        "share] by Flow-DPPO, and [TempFlow-GRPO's weights: exact share] by TempFlow-GRPO's "
+        "weights. With one, it is [Flow-GRPO, beta 0.4: exact share], and [KL on velocities: "
+        "exact share] by the KL on velocities."
+    ),
 }
 HEADINGS = {
     "README.md": "## Does it reproduce the paper?",
