@@ -371,7 +371,7 @@ TOLD = {  # what the documents say of each claim, with [variant: column] for the
         "A run takes [10 steps: minutes] minutes with 10 steps and [40 steps: minutes] with 40, "
         "and reaches an exact share of [10 steps: exact share] and [40 steps: exact share]. "
         "Accuracy .85 comes after [10 steps: minutes to accuracy 0.85] and [40 steps: minutes to "
-        "accuracy 0.85] minutes, by straight lines between evaluations."
+        "accuracy 0.85] minutes."
     ),
     ("bench/README.md", "kl"): (
         "Without the penalty, the reward is [beta 0: reward] in place of [beta 0.4: reward], but "
