@@ -336,11 +336,16 @@ def table(claim: str, records: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def tables(claims: list[str], records: list[dict]) -> str:
-    head = (
-        "# The claims\n\nThe columns are explained in [bench/README.md](../README.md#metrics).\n\n"
-    )
-    return head + "\n".join(table(claim, records) for claim in claims)
+def measured(records: list[dict]) -> list[str]:
+    """The claims of which there are runs."""
+    return [claim for claim in CLAIMS if runs_of(claim, records)]
+
+
+def tables(records: list[dict]) -> str:
+    parts = ["# The claims\n"]
+    parts.append("The columns are explained in [bench/README.md](../README.md#metrics).\n")
+    parts += [table(claim, records) for claim in measured(records)]
+    return "\n".join(parts)
 
 
 # ---- The figure.
@@ -429,11 +434,10 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on")
     records = read_records(path)
-    measured = [claim for claim in CLAIMS if runs_of(claim, records)]
-    text = tables(measured, records)
+    text = tables(records)
     (args.output_dir / "claims.md").write_text(text, encoding="utf-8")
     print(text)
-    drawn = [claim for claim in measured if claim not in ("variants", "rates")]
+    drawn = [claim for claim in measured(records) if claim not in ("variants", "rates")]
     if drawn:
         draw(drawn, records, args.output_dir / "claims.png")
     print(f"The tables and the figure are in {args.output_dir}")

@@ -16,6 +16,7 @@ from baselines import dpo_loss, rwr_loss, sft_loss
 from claims import flow_grpo
 
 RESULTS = Path(__file__).resolve().parent / "results"
+RECORDS = claims.read_records(RESULTS / "claims.jsonl")
 QUICK = {"epochs": 2, "prompts_per_epoch": 2, "group_size": 4, "batch_size": 8, "eval_every": 1}
 
 
@@ -267,19 +268,16 @@ def test_a_cell_has_mean_least_and_most(values, text):
 
 
 def test_the_tables_in_results_are_those_of_the_records():
-    records = claims.read_records(RESULTS / "claims.jsonl")
-    measured = [claim for claim in claims.CLAIMS if claims.runs_of(claim, records)]
-    assert claims.tables(measured, records) == (RESULTS / "claims.md").read_text(encoding="utf-8")
+    assert claims.tables(RECORDS) == (RESULTS / "claims.md").read_text(encoding="utf-8")
 
 
 def test_the_default_run_has_the_settings_of_the_recorded_ones():
-    records = claims.read_records(RESULTS / "claims.jsonl")
-    for record in claims.runs_of("gain", records)["Flow-GRPO"]:
+    for record in claims.runs_of("gain", RECORDS)["Flow-GRPO"]:
         assert record["settings"] == claims.DEFAULTS | {"seed": record["seed"]}
 
 
 def test_the_baselines_have_the_learning_rates_that_are_best_in_rates():
-    runs = claims.runs_of("rates", claims.read_records(RESULTS / "claims.jsonl"))
+    runs = claims.runs_of("rates", RECORDS)
     for method in claims.UPDATES:
         judged = {}
         for name, (record,) in runs.items():
@@ -321,7 +319,6 @@ def test_rates_are_chosen_on_numbers_that_are_not_in_the_prompt_file(tmp_path):
 
 # ---- The documents' numbers.
 HERE = RESULTS.parents[1]
-RECORDS = claims.read_records(RESULTS / "claims.jsonl")
 
 
 def words_of(document):

@@ -12,9 +12,9 @@ velocity-kl  the KL penalty on velocities, which Flow-GRPO's authors prefer in t
 paper        none: what flow_grpo.py does by itself
 
 A run goes on by `python examples/variants.py NAME --resume FOLDER`, with the NAME of its variant.
-In a loop of your own, call the functions: each takes the arguments of the one that it
-replaces, but velocity_kl velocities for means, and then what else it needs. The losses are for the
-log-probs of `sde_step`, as those of `cps_step` have no variance.
+In a loop of your own, call the functions: each takes the arguments of the one that it replaces, but
+velocity_kl velocities for means, and then what else it needs. The losses are for the log-probs of
+`sde_step`, as those of `cps_step` have no variance.
 """
 
 import math
@@ -216,7 +216,7 @@ def main(argv):
     put_in_place(argv[0])
     flow_grpo.COMMAND = f"examples/variants.py {argv[0]}"
     flow_grpo.Config = Config
-    flow_grpo.TINY = flow_grpo.recipe(flow_grpo.HERE / "tiny-sd3")
+    flow_grpo.TINY = Config(**vars(flow_grpo.TINY))
     return flow_grpo.main([*argv[1:], "--variant", argv[0]])
 
 
