@@ -757,8 +757,7 @@ def encode(run, records):
 def set_switches():
     """Set torch's global switches as the run needs them, whatever a reward has set."""
     torch.set_default_dtype(torch.float32)
-    if torch.get_default_device().type != "cpu":
-        torch.set_default_device("cpu")
+    torch.set_default_device(None)  # the CPU, as at first
     # The adapter's float32 products are in TF32, which has as many digits as float16.
     torch.set_float32_matmul_precision("high")
     # cuDNN's attention, which torch prefers on the newest GPUs, has other kernels with autograd.
@@ -949,6 +948,7 @@ def write_pictures(run, images):
     for name in ("reward", "eval_reward"):
         curve = {line["epoch"]: line[name] for line in run.metrics if name in line}
         axes.plot(list(curve), list(curve.values()), "o-", label=name)
+    axes.set_xlabel("epoch")
     axes.legend()
     write_file(out / "curve.png", partial(axes.figure.savefig, format="png"))
 

@@ -11,16 +11,15 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 from transformers import CLIPTextModel
 
 import flow_grpo
+from tests.conftest import hidden_gpu, unloaded_rewards  # noqa: F401
 from tests.small import (
     clip_tokenizer,
     close,
-    hidden_gpu,  # noqa: F401
     joined,
     random_autoencoder,
     random_clip,
     random_t5,
     seeded,
-    unloaded_rewards,  # noqa: F401
 )
 
 PROMPTS = ["a cat", "a dog", "red", "blue"]

@@ -9,25 +9,16 @@ import pytest
 import torch
 from scipy.stats import ks_2samp
 
-from tests.small import made_once
-
-
-def make_run(folder):
-    folder.mkdir()
-    printed = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        with contextlib.redirect_stdout(printed):
-            paths = points.main(flow_steps=1000, epochs=30)
-    torch.save((paths, printed.getvalue()), folder / "run.pt")
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The paths by name, what was printed, and the folder of the picture."""
-    folder = made_once(tmp_path_factory, "points", make_run)
-    paths, printed = torch.load(folder / "run.pt")
-    return paths, printed, folder
+    folder = tmp_path_factory.mktemp("points")
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.chdir(folder)
+        paths = points.main(flow_steps=1000, epochs=30)
+    return paths, printed.getvalue(), folder
 
 
 def mean_reward(paths):

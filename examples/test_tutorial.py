@@ -7,8 +7,6 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tests.small import made_once
-
 HERE = Path(__file__).parent
 PATH = HERE / "tutorial.ipynb"
 FUNCTIONS = ["sde_step", "rollout", "group_advantages", "gaussian_kl", "grpo_loss"]
@@ -27,22 +25,16 @@ def stored():
     return load()
 
 
-def execute(folder):
-    """Run the notebook in a fresh kernel, where it lies, and write what comes out to the folder."""
+@pytest.fixture(scope="module")
+def executed():
+    """What comes out of a fresh kernel, where the notebook lies."""
     notebook = load()
     for cell in cells(notebook, "code"):
         cell.outputs = []
     place = {"metadata": {"path": str(HERE)}}
     client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources=place)
     client.coalesce_streams = True
-    folder.mkdir()
-    nbformat.write(client.execute(), folder / PATH.name)
-
-
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory):
-    folder = made_once(tmp_path_factory, "tutorial", execute)
-    return nbformat.read(folder / PATH.name, as_version=4)
+    return client.execute()
 
 
 @pytest.fixture(params=["stored", "executed"])

@@ -73,26 +73,45 @@ PACKAGES = {
 }
 
 
-def start_alone(name, folder):
-    """A process that imports a reward's file in a new folder, with the packages that it names."""
-    folder.mkdir()
-    source = HERE / f"{name}.py"
-    shutil.copy(source, folder)
-    installed = re.search(r"`pip install ([^`]*)`", source.read_text()).group(1).split()
+def script_alone(name):
+    """It imports a reward's file from the working directory, with the packages that it names."""
+    source = (HERE / f"{name}.py").read_text()
+    installed = re.search(r"`pip install ([^`]*)`", source).group(1).split()
     script = ["import sys"]
     for module, package in PACKAGES.items():
         if package not in installed:
             script.append(f"sys.modules['{module}'] = None")  # Its import fails from now on.
-    script.append(f"import torch; from {name} import *")
-    script.append(ALONE[name])
-    command = [sys.executable, "-c", "\n".join(script)]
-    return subprocess.Popen(command, cwd=folder, env=os.environ | {"PYTHONPATH": ""})
+    return "\n".join([*script, f"import torch; from {name} import *", ALONE[name]])
+
+
+# What all of the files need is loaded once, in a process that is forked for each of them.
+FORKS = """
+import os
+import sys
+import torch, torchvision
+
+children = {}
+for name, script in zip(sys.argv[1::2], sys.argv[2::2]):
+    child = os.fork()
+    if not child:
+        os.chdir(name)
+        exec(script)
+        sys.exit()
+    children[child] = name
+for _ in children:
+    child, status = os.wait()
+    assert status == 0, children[child]
+"""
 
 
 def test_each_file_works_alone_with_the_packages_that_it_names(tmp_path):
-    processes = {name: start_alone(name, tmp_path / name) for name in ALONE}
-    for name, process in processes.items():
-        assert process.wait() == 0, name
+    scripts = []
+    for name in ALONE:
+        (tmp_path / name).mkdir()
+        shutil.copy(HERE / f"{name}.py", tmp_path / name)
+        scripts += [name, script_alone(name)]
+    command = [sys.executable, "-c", FORKS, *scripts]
+    subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""}, check=True)
 
 
 # ---- OCR.

@@ -1,11 +1,11 @@
 """What the tests share: small random models in the hub's format, and small runs of them."""
 
+import importlib
 import json
 import math
 import multiprocessing
 import os
 import runpy
-import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -18,7 +18,6 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from diffusers import StableDiffusion3Pipeline as StockPipeline
-from filelock import FileLock
 from safetensors.torch import load_file
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils._pytree import tree_flatten
@@ -29,26 +28,6 @@ from flow_grpo import Config, load_pipeline, load_reward, main, prepare
 HERE = Path(flow_grpo.__file__).parent
 EVAL_STEPS = 4  # in place of 40
 PROMPTS = [f'a "{i}"' for i in range(8)]
-
-
-@pytest.fixture(autouse=True)
-def hidden_gpu(request, monkeypatch):
-    """Only tests that are marked `needs_gpu`, or have a fixture `gpu`, see a GPU."""
-    marked = request.node.get_closest_marker("skipif")
-    if not marked and "gpu" not in request.fixturenames:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        monkeypatch.setattr(flow_grpo, "DEVICE", "cpu")
-
-
-@pytest.fixture(autouse=True)
-def unloaded_rewards(tmp_path_factory, monkeypatch):
-    """No test sees the reward's files that others have loaded."""
-    folder = str(tmp_path_factory.getbasetemp().parent)
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if not path.startswith(folder)])
-    yield
-    for name, module in list(sys.modules.items()):
-        if (getattr(module, "__file__", None) or "").startswith(folder):
-            del sys.modules[name]
 
 
 def seeded(seed=0):
@@ -151,15 +130,6 @@ def save_random_pipeline(folder, t5=True, pooled=(16, 16), blocks=2, **network):
     pipe.save_pretrained(folder)
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    """The folder of a model with T5. Its sibling is one without."""
-    folder = tmp_path_factory.getbasetemp()
-    save_random_pipeline(folder / "with-T5")
-    save_random_pipeline(folder / "without-T5", t5=False)
-    return folder / "with-T5"
-
-
 # ---- Small runs of them.
 REWARDS = """
 import torch
@@ -241,15 +211,6 @@ SMALL = {
 }
 # Its place is drawn anew in each epoch.
 WINDOW = {"sde_steps": 3, "sde_last_step": 5, "guidance_scale": 1.0, "ema_interval": 2}
-
-
-@pytest.fixture
-def work(tmp_path, monkeypatch):
-    """An empty folder with rewards and prompts, in which a test runs."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(flow_grpo, "EVAL_DENOISING_STEPS", EVAL_STEPS)
-    Path("rewards.py").write_text(REWARDS)
-    write("prompts.txt", *PROMPTS)
 
 
 def arguments(model, out="out", **given):
@@ -334,11 +295,6 @@ def environment():
     return os.environ | hidden
 
 
-def start(*command):
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *command], env=environment(), **pipes)
-
-
 def copied(tensors):
     return [t.detach().clone() for t in tensors]
 
@@ -391,16 +347,6 @@ def same_run(one, other):
     return True
 
 
-def made_once(tmp_path_factory, name, make, *given):
-    """A folder, which the first of pytest's workers makes. The others wait for it."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            make(folder, *given)
-    return folder
-
-
 LOADED = "tests.small diffusers.training_utils matplotlib.figure peft torchvision.utils".split()
 
 
@@ -419,22 +365,36 @@ def forked(function, *args):
         process.join()
 
 
-def script(args, variables=()):
-    """What `python flow_grpo.py ARGS` does. It adds to the files `stdout` and `stderr`."""
-    os.environ.update(variables)
+def redirect_output():
+    """From now on, what this process prints is added to the files `stdout` and `stderr`."""
     for descriptor, name in enumerate(("stdout", "stderr"), 1):
         file = open(name, "a", buffering=1)  # noqa: SIM115
         os.dup2(file.fileno(), descriptor)
         setattr(sys, name, file)
+
+
+def script(args, variables=()):
+    """What `python flow_grpo.py ARGS` does. It adds to the files `stdout` and `stderr`."""
+    os.environ.update(variables)
+    redirect_output()
     sys.argv = ["flow_grpo.py", *args]
     runpy.run_path(str(HERE / "flow_grpo.py"), run_name="__main__")
 
 
-def two_scripts(args):
-    """What `torchrun --standalone --nproc-per-node 2 flow_grpo.py ARGS` does."""
+def watched_runs(runs):
+    """Each in turn, with the exit code of the last. It adds to the files `stdout` and `stderr`."""
+    redirect_output()
+    importlib.reload(flow_grpo)  # which reads from the environment which process this is
+    for name, args in runs.items():
+        code = watched_run(name, args)
+    sys.exit(code)
+
+
+def two_processes(function, given):
+    """What `torchrun --standalone --nproc-per-node 2` does, for a function in place of a script."""
     size = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 2, "max_restarts": 0}
     meeting = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "two"}
-    elastic_launch(LaunchConfig(**size, **meeting, start_method="fork"), script)(args)
+    elastic_launch(LaunchConfig(**size, **meeting, start_method="fork"), function)(given)
 
 
 def wait_for(process, text, path):
@@ -476,7 +436,7 @@ def watched_run(name, args):
         patch.setattr(flow_grpo, "EVAL_DENOISING_STEPS", EVAL_STEPS)
         for replacement in (sample, optimizer_step, write_file):
             patch.setattr(flow_grpo, replacement.__name__, replacement)
-        code = main(args)
+        code = flow_grpo.main(args)
     torch.save(seen, f"{name}.{flow_grpo.RANK}.pt")
     return code
 

@@ -477,7 +477,7 @@ def switches_as_they_were():
     yield
     torch.set_grad_enabled(True)
     torch.set_default_dtype(torch.float32)
-    torch.set_default_device("cpu")
+    torch.set_default_device(None)
     torch.set_float32_matmul_precision(precision)
 
 

@@ -1,14 +1,12 @@
 """Several processes, as torchrun starts them, against one; and what a run prints to."""
 
 import io
-import json
 import os
 import re
 import runpy
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from unittest.mock import Mock
@@ -19,37 +17,28 @@ import torch
 import flow_grpo
 from flow_grpo import main
 from tests.small import (
+    EVAL_STEPS,
     HERE,
+    PROMPTS,
     REWARDS,
     WINDOW,
     arguments,
-    environment,
     error_of,
     forked,
     joined,
-    made_once,
     metrics,
     only_error,
     same_run,
     script,
-    start,
     to_go_on,
-    two_scripts,
+    two_processes,
     wait_for,
     watched_run,
+    watched_runs,
+    write,
 )
 
 # ---- Two processes against one.
-WORKER = """
-import json
-import sys
-
-from tests.small import watched_run
-
-for name, args in json.loads(sys.argv[1]).items():
-    code = watched_run(name, args)
-sys.exit(code)
-"""
 LATE = """
 import itertools
 import os
@@ -76,45 +65,36 @@ def late_kill(images, prompts, records):
 """
 
 
-@pytest.fixture
-def late(work):
-    Path("late.py").write_text(REWARDS + LATE)
-
-
-def make_teams(folder, model, monkeypatch):
-    shutil.copytree(".", folder)
-    monkeypatch.chdir(folder)
-    assert main(arguments(model, "begun", epochs=1)) == 0
-    shutil.copytree("begun", "one")
-    shutil.copytree("begun", "two")
-    assert watched_run("one", ["--resume=one", "--epochs=2"]) == 0
-    large = {"epochs": 1, "batch_size": 8}
-    assert watched_run("lone", arguments(model, "lone", **large)) == 0
-    runs = {
-        "two": ["--resume=two", "--epochs=2"],
-        "idle": arguments(model, "idle", **large),
-        "nan": arguments(model, "nan", reward="late.py:late_nan"),
-    }
-    Path("worker.py").write_text(WORKER)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = start(*torchrun, "worker.py", json.dumps(runs))
-    stdout, stderr = process.communicate()
-    assert process.returncode != 0
-    Path("stdout").write_text(stdout)
-    Path("stderr").write_text(stderr)
-
-
-@pytest.fixture
-def teams(model, tmp_path_factory, late, monkeypatch):
+@pytest.fixture(scope="module")
+def teams(model, tmp_path_factory):
     """A folder of runs on one process and on two, with what these saw, and what was printed.
 
     begun: an epoch on one process; one, two: one more on one process, and on two;
     lone, idle: an epoch of batches as large as it is, on one process, and on two;
     nan: on two processes, of which one fails.
     """
-    folder = made_once(tmp_path_factory, "teams", make_teams, model, monkeypatch)
-    monkeypatch.chdir(folder)
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("teams"))
+        patch.setattr(flow_grpo, "DEVICE", "cpu")
+        patch.setattr(flow_grpo, "EVAL_DENOISING_STEPS", EVAL_STEPS)
+        write("prompts.txt", *PROMPTS)
+        Path("rewards.py").write_text(REWARDS)
+        Path("late.py").write_text(REWARDS + LATE)
+        assert main(arguments(model, "begun", epochs=1)) == 0
+        shutil.copytree("begun", "one")
+        shutil.copytree("begun", "two")
+        assert watched_run("one", ["--resume=one", "--epochs=2"]) == 0
+        large = {"epochs": 1, "batch_size": 8}
+        assert watched_run("lone", arguments(model, "lone", **large)) == 0
+        runs = {
+            "two": ["--resume=two", "--epochs=2"],
+            "idle": arguments(model, "idle", **large),
+            "nan": arguments(model, "nan", reward="late.py:late_nan"),
+        }
+        with forked(two_processes, watched_runs, runs) as process:
+            process.join()
+        assert process.exitcode != 0
+        yield
 
 
 def seen(run, rank):
@@ -217,9 +197,11 @@ def test_a_run_goes_on_after_a_nan_in_one_process(teams, tmp_path):
     assert metrics(tmp_path / "nan")[-1]["epoch"] == 3
 
 
-def test_a_process_that_is_killed_ends_both_with_one_sentence(model, late):
+def test_a_process_that_is_killed_ends_both_with_one_sentence(model, work):
     """Without --output-dir, too, both are in one folder."""
-    with forked(two_scripts, arguments(model, "", reward="late.py:late_kill")) as process:
+    Path("late.py").write_text(REWARDS + LATE)
+    args = arguments(model, "", reward="late.py:late_kill")
+    with forked(two_processes, script, args) as process:
         process.join()
     (folder,) = Path("runs").iterdir()
     assert one_error(Path("stderr").read_text()).endswith(to_go_on(folder))
@@ -228,7 +210,7 @@ def test_a_process_that_is_killed_ends_both_with_one_sentence(model, late):
 
 
 def test_bad_input_is_said_by_one_process(model, work):
-    with forked(two_scripts, arguments(model, prompt_file="none.txt")) as process:
+    with forked(two_processes, script, arguments(model, prompt_file="none.txt")) as process:
         process.join()
     assert "none.txt" in one_error(Path("stderr").read_text())
     assert not Path("out").exists()
@@ -258,6 +240,35 @@ def test_a_process_alone_trains_alone(model, work, capsys, monkeypatch, variable
     assert "epoch 1: reward " in capsys.readouterr().out
 
 
+def test_a_process_that_can_not_find_the_others_says_so(work, model, capsys, monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setattr(flow_grpo, "PROCESSES", 2)
+    error = error_of(arguments(model), capsys)
+    assert re.search("join the other processes: .*unset WORLD_SIZE", error)
+
+
+# ---- Signals.
+def test_killed_equals_uninterrupted(whole, model, capsys):
+    with forked(watched_run, "killed", arguments(model, "cut", **WINDOW)) as process:
+        wait_for(process, '"kl"', Path("cut/metrics.jsonl"))
+        os.kill(process.pid, signal.SIGSTOP)
+        assert "a run is in it" in error_of(["--resume=cut"], capsys)
+    assert process.exitcode == -signal.SIGKILL
+    assert main(["--resume=cut"]) == 0
+    assert same_run("cut", whole)
+    assert not list(Path("cut").glob(".*lock*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_with_one_sentence(model, work, number):
+    with forked(script, arguments(model, "cut", **WINDOW | {"epochs": 1000})) as process:
+        wait_for(process, '"kl"', Path("cut/metrics.jsonl"))
+        os.kill(process.pid, number)
+        process.join()
+    assert process.exitcode == 130
+    assert Path("stderr").read_text() == f"error: interrupted by a signal{to_go_on('cut')}\n"
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -274,17 +285,7 @@ def test_a_process_says_that_it_waits_for_others_and_a_signal_ends_it(work, numb
         assert process.exitcode in (-number, 130)
 
 
-def test_a_process_that_can_not_find_the_others_says_so(work, model, capsys, monkeypatch):
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    monkeypatch.setattr(flow_grpo, "PROCESSES", 2)
-    error = error_of(arguments(model), capsys)
-    assert re.search("join the other processes: .*unset WORLD_SIZE", error)
-
-
 # ---- Where a run's output goes.
-ACCENTED = "für_später"
-
-
 def test_a_run_goes_on_without_a_stdout(model, work, monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)  # as Python has it after `>&-`
     assert main(arguments(model, **WINDOW | {"epochs": 1})) == 0
@@ -293,13 +294,5 @@ def test_a_run_goes_on_without_a_stdout(model, work, monkeypatch):
 def test_a_run_goes_on_with_a_stdout_in_ascii(model, work, monkeypatch):
     stdout = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "stdout", stdout)
-    assert main(arguments(model, ACCENTED, **WINDOW | {"epochs": 1})) == 0
+    assert main(arguments(model, "für_später", **WINDOW | {"epochs": 1})) == 0
     assert b"epoch 1: reward " in stdout.buffer.getvalue()
-
-
-def test_a_run_goes_on_without_a_stderr(model, work):
-    script = [HERE / "flow_grpo.py", *arguments(model, ACCENTED, **WINDOW | {"epochs": 1})]
-    closed = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, *script]
-    done = subprocess.run(closed, env=environment() | {"PYTHONIOENCODING": "ascii"})
-    assert done.returncode == 0
-    assert metrics(ACCENTED)[-1]["epoch"] == 1

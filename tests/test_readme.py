@@ -5,13 +5,16 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import flow_grpo
 from flow_grpo import Config, grpo_loss, load_reward, main, score_images, sde_step
-from tests.small import HERE, PROMPTS, made_once, only_error, start, write
+from tests.small import HERE, PROMPTS, environment, only_error, write
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [HERE / "README.md", *sorted(HERE.glob("[!.]*/README.md"))]
@@ -73,23 +76,21 @@ def test_the_documents_flags_exist(document):
         assert flags <= known, words
 
 
-def make_quick_start(folder, monkeypatch):
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def quick_start(tmp_path_factory):
+    """A copy of the repository in which the README's first command was run, shortened."""
+    folder = tmp_path_factory.mktemp("clone")
     for path in HERE.iterdir():
         if not (path.name == "runs" or path.suffix == ".png" or path.name.startswith(".")):
             (folder / path.name).symlink_to(path)
-    monkeypatch.chdir(folder)
-    write("eval.txt", 'a sign that says "407"')
-    short = "--epochs 1 --prompts-per-epoch 2 --group-size 2 --eval-prompt-file eval.txt"
-    first_command = flags_after(r"\bpython flow_grpo\.py ", "\n".join(SHELL))[0]
-    assert main(first_command + short.split()) == 0
-
-
-@pytest.fixture
-def quick_start(tmp_path_factory, monkeypatch):
-    """A copy of the repository in which the README's first command was run, shortened."""
-    folder = made_once(tmp_path_factory, "clone", make_quick_start, monkeypatch)
-    monkeypatch.chdir(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(flow_grpo, "DEVICE", "cpu")
+        write("eval.txt", 'a sign that says "407"')
+        short = "--epochs 1 --prompts-per-epoch 2 --group-size 2 --eval-prompt-file eval.txt"
+        first_command = flags_after(r"\bpython flow_grpo\.py ", "\n".join(SHELL))[0]
+        assert main(first_command + short.split()) == 0
+        yield
 
 
 def test_the_quick_start_trains_and_leaves_pictures(quick_start):
@@ -162,16 +163,18 @@ def alone(tmp_path, monkeypatch):
 
 
 def test_the_file_alone_trains_with_a_sum_of_rewards_of_ones_own(alone):
+    """Without a stderr, too, and where Python prints in ASCII."""
     Path("sum.py").write_text(SUM)
     Path("bright.py").write_text(BRIGHT)
     Path("red.py").write_text(RED)
     flags = "--prompt-file prompts.txt --reward sum.py:reward --epochs 1 --batch-size 4 "
-    flags += "--prompts-per-epoch 2 --group-size 2 --output-dir out --model"
-    process = start("-E", "flow_grpo.py", *flags.split(), HERE / "tiny-sd3")
-    stdout, stderr = process.communicate()
-    assert process.returncode == 0, stderr
-    assert "epoch 1: reward " in stdout
-    assert Path("out/pytorch_lora_weights.safetensors").exists()
+    flags += "--prompts-per-epoch 2 --group-size 2 --output-dir für_später --model"
+    command = [sys.executable, "flow_grpo.py", *flags.split(), HERE / "tiny-sd3"]
+    closed = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command]
+    given = environment() | {"PYTHONPATH": "", "PYTHONIOENCODING": "ascii"}
+    stdout = subprocess.run(closed, env=given, stdout=subprocess.PIPE, check=True).stdout
+    assert b"epoch 1: reward " in stdout
+    assert Path("für_später/pytorch_lora_weights.safetensors").exists()
 
 
 def test_the_file_alone_says_what_else_to_copy(alone, capsys):

@@ -5,7 +5,6 @@ import math
 import os
 import re
 import shutil
-import signal
 from collections import Counter
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -23,15 +22,11 @@ from tests.small import (
     WINDOW,
     arguments,
     error_of,
-    forked,
     left_by,
     metrics,
     same_run,
-    script,
     small_run,
     to_go_on,
-    wait_for,
-    watched_run,
 )
 
 # ---- What a run leaves.
@@ -196,15 +191,6 @@ def test_a_run_that_can_not_start_leaves_no_folder(model, work, capsys, given):
 
 
 # ---- Interrupted equals uninterrupted, bit for bit.
-@pytest.fixture
-def whole(model, work):
-    """The folder of a run that nothing interrupted, which tests share."""
-    folder = model.with_name("whole")
-    if not folder.exists():
-        assert main(arguments(model, folder, **WINDOW)) == 0
-    return folder
-
-
 # The first is in the third epoch, the others are in the second and in the evaluation after it.
 INSTANTS = [
     ("rollout", 12),
@@ -245,27 +231,6 @@ def test_interrupted_equals_uninterrupted(whole, model, monkeypatch, capsys, nam
 def cut(path):
     path.write_bytes(b"half a file")
     raise KeyboardInterrupt
-
-
-def test_killed_equals_uninterrupted(whole, model, capsys):
-    with forked(watched_run, "killed", arguments(model, "cut", **WINDOW)) as process:
-        wait_for(process, '"kl"', Path("cut/metrics.jsonl"))
-        os.kill(process.pid, signal.SIGSTOP)
-        assert "a run is in it" in error_of(["--resume=cut"], capsys)
-    assert process.exitcode == -signal.SIGKILL
-    assert main(["--resume=cut"]) == 0
-    assert same_run("cut", whole)
-    assert not list(Path("cut").glob(".*lock*"))
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_run_with_one_sentence(model, work, number):
-    with forked(script, arguments(model, "cut", **WINDOW | {"epochs": 1000})) as process:
-        wait_for(process, '"kl"', Path("cut/metrics.jsonl"))
-        os.kill(process.pid, number)
-        process.join()
-    assert process.exitcode == 130
-    assert Path("stderr").read_text() == f"error: interrupted by a signal{to_go_on('cut')}\n"
 
 
 # ---- Resumed runs.

@@ -272,7 +272,7 @@ def switches():
     """torch's switches, which the test may set."""
     yield
     torch.set_default_dtype(torch.float32)
-    torch.set_default_device("cpu")
+    torch.set_default_device(None)
 
 
 def set_switches(images, *_):
