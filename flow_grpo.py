@@ -85,8 +85,8 @@ def why(e):
 class Config:
     """The settings of Flow-GRPO.
 
-    The defaults are the recipe published for SD3.5 Medium [paper, code]. Without a GPU, --help
-    shows those of tiny-sd3 instead, which learns in minutes.
+    The defaults are the recipe published for SD3.5 Medium. Without a GPU, --help shows those of
+    tiny-sd3 instead, which learns in minutes.
     """
 
     prompt_file: str = ""  # The prompts: a .txt with one per line, or a .jsonl with records.
@@ -216,7 +216,7 @@ def gaussian_kl(mean, ref_mean, std):
     """KL of N(mean, std^2) to N(ref_mean, std^2) [paper], averaged over elements as in [code].
 
     mean, ref_mean: [B, ...]; std: broadcastable to them. Returns [B], the exact KL per element.
-    The published betas are for |dt| times this KL: see `optimize`.
+    The betas published for SD3 are for this KL times |dt|.
     """
     return ((mean - ref_mean) ** 2 / (2 * std**2)).flatten(1).mean(1)
 

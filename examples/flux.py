@@ -3,12 +3,13 @@
     python examples/flux.py --prompt-file prompts.txt --reward ocr
 
 It trains FLUX.1-dev with LoRA, or FLUX.1-schnell by --model black-forest-labs/FLUX.1-schnell. The
-defaults are the settings `pickscore_flux` of the authors' code, yifan123/flow_grpo, or [code]. What
-differs from [code] is the last of the 6 steps. It is trained in neither, and has no noise here:
-from t = 0.27 to 0, noise of standard deviation 0.29 would stay in the images that are judged.
+defaults are the settings `pickscore_flux` of the authors' code, yifan123/flow_grpo, or [code]. The
+last of the 6 steps is trained in neither. In [code] it has noise, and here it has none: from
+t = 0.27 to 0, noise of standard deviation 0.29 would stay in the images that are judged.
 
 Left out are resuming, several processes, compiling, held-out prompts, windows of noisy steps, a
-file of metrics, and the average of the LoRA, with which [code] evaluates. One GPU, or CPU, is used.
+file of metrics, dropping the images without advantage, and the average of the LoRA, with which
+[code] evaluates. One GPU, or CPU, is used.
 
 By count, at 512 x 512 pixels, 27 GB are always on the GPU, of which 24 are the frozen network in
 bfloat16. In the update, each image of a batch adds 9.6 GB, or 0.6 with --gradient-checkpointing. So

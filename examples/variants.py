@@ -12,9 +12,9 @@ velocity-kl  the KL penalty on velocities, which Flow-GRPO's authors prefer in t
 paper        none: what flow_grpo.py does by itself
 
 A run goes on by `python examples/variants.py NAME --resume FOLDER`, with the NAME of its variant.
-In a loop of your own, call the functions: each takes the arguments of the one that it replaces, but
-velocity_kl velocities for means, and then what else it needs. The losses are for the log-probs of
-`sde_step`, as those of `cps_step` have no variance.
+In a loop of your own, call the functions: each takes the arguments of the one that it replaces, and
+then what else it needs. But velocity_kl takes the two velocities alone. The losses are for the
+log-probs of `sde_step`, as those of `cps_step` have no variance.
 """
 
 import math

@@ -73,15 +73,20 @@ PACKAGES = {
 }
 
 
+# The import of a module fails if it is None.
+WITHOUT = """
+for module in [*{0}, *sys.modules]:
+    if module.partition(".")[0] in {0}:
+        sys.modules[module] = None
+"""
+
+
 def script_alone(name):
     """It imports a reward's file from the working directory, with the packages that it names."""
     source = (HERE / f"{name}.py").read_text()
     installed = re.search(r"`pip install ([^`]*)`", source).group(1).split()
-    script = ["import sys"]
-    for module, package in PACKAGES.items():
-        if package not in installed:
-            script.append(f"sys.modules['{module}'] = None")  # Its import fails from now on.
-    return "\n".join([*script, f"import torch; from {name} import *", ALONE[name]])
+    missing = [module for module, package in PACKAGES.items() if package not in installed]
+    return "\n".join([WITHOUT.format(missing), f"import torch; from {name} import *", ALONE[name]])
 
 
 # What all of the files need is loaded once, in a process that is forked for each of them.

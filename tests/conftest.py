@@ -4,6 +4,7 @@ They load packages where they need them. So the process that starts the others, 
 this file as well, loads none.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def hidden_gpu(request, monkeypatch):
-    """Only tests that are marked `needs_gpu`, or have a fixture `gpu`, see a GPU."""
+    """Only tests that are skipped without a GPU, or have a fixture `gpu`, see one."""
     import torch
 
     import flow_grpo
@@ -26,7 +27,7 @@ def hidden_gpu(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def unloaded_rewards(tmp_path_factory, monkeypatch):
     """No test sees the reward's files that others have loaded."""
-    folder = str(tmp_path_factory.getbasetemp().parent)
+    folder = f"{tmp_path_factory.getbasetemp()}{os.sep}"
     monkeypatch.setattr(sys, "path", [path for path in sys.path if not path.startswith(folder)])
     yield
     for name, module in list(sys.modules.items()):
@@ -40,8 +41,9 @@ def model(tmp_path_factory):
     from tests.small import save_random_pipeline
 
     folder = tmp_path_factory.getbasetemp()
-    save_random_pipeline(folder / "with-T5")
-    save_random_pipeline(folder / "without-T5", t5=False)
+    if not (folder / "with-T5").exists():  # Files that import this fixture have one of their own.
+        save_random_pipeline(folder / "with-T5")
+        save_random_pipeline(folder / "without-T5", t5=False)
     return folder / "with-T5"
 
 
@@ -59,11 +61,11 @@ def work(tmp_path, monkeypatch):
 
 @pytest.fixture
 def whole(model, work):
-    """The folder of a run that nothing interrupted, which tests share."""
+    """The folder of a run that nothing interrupted. The first test that asks for it makes it."""
     from flow_grpo import main
     from tests.small import WINDOW, arguments
 
     folder = model.with_name("whole")
-    if not folder.exists():
+    if not (folder / "samples/epoch_00003.png").exists():  # the last thing that it leaves
         assert main(arguments(model, folder, **WINDOW)) == 0
     return folder

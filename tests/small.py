@@ -1,25 +1,14 @@
 """What the tests share: small random models in the hub's format, and small runs of them."""
 
-import importlib
 import json
 import math
-import multiprocessing
-import os
-import runpy
-import sys
-import time
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
-from unittest import mock
 
-import pytest
 import torch
 import transformers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from diffusers import StableDiffusion3Pipeline as StockPipeline
 from safetensors.torch import load_file
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils._pytree import tree_flatten
 
 import flow_grpo
@@ -30,12 +19,37 @@ EVAL_STEPS = 4  # in place of 40
 PROMPTS = [f'a "{i}"' for i in range(8)]
 
 
+def write(path, *lines):
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+# ---- Tensors.
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def write(path, *lines):
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+def copied(tensors):
+    return [t.detach().clone() for t in tensors]
+
+
+def joined(tensors):
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
+def normal(*shape, seed=0):
+    """Standard normal numbers."""
+    return torch.randn(shape, generator=seeded(seed))
+
+
+def close(got, expected, rtol=1e-4, atol=1e-5):
+    torch.testing.assert_close(got, expected, rtol=rtol, atol=atol, check_dtype=False)
+
+
+def is_standard_normal(noise):
+    """Its mean and std are within 5 standard errors of 0 and 1."""
+    count = noise.numel()
+    assert abs(noise.mean()) < 5 / math.sqrt(count)
+    assert abs(noise.std() - 1) < 5 / math.sqrt(2 * count)
 
 
 # ---- Small random models in the hub's format.
@@ -287,38 +301,6 @@ def error_of(args, capsys):
     return only_error(stderr)
 
 
-# ---- Processes of their own.
-def environment():
-    """Of a process that computes as this one does."""
-    threads = str(torch.get_num_threads())
-    hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads, "PYTHONPATH": str(HERE)}
-    return os.environ | hidden
-
-
-def copied(tensors):
-    return [t.detach().clone() for t in tensors]
-
-
-def joined(tensors):
-    return torch.cat([t.detach().flatten() for t in tensors])
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=seeded(seed))
-
-
-def close(got, expected, rtol=1e-4, atol=1e-5):
-    torch.testing.assert_close(got, expected, rtol=rtol, atol=atol, check_dtype=False)
-
-
-def is_standard_normal(noise):
-    """Its mean and std are within 5 standard errors of 0 and 1."""
-    count = noise.numel()
-    assert abs(noise.mean()) < 5 / math.sqrt(count)
-    assert abs(noise.std() - 1) < 5 / math.sqrt(2 * count)
-
-
-# ---- Runs in several processes, and what runs leave: for test_runs.py and test_processes.py.
 def left_by(folder):
     """All that a run leaves that doesn't tell when and where it was."""
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
@@ -345,101 +327,3 @@ def same_run(one, other):
         else:
             assert leaf == other_leaf
     return True
-
-
-LOADED = "tests.small diffusers.training_utils matplotlib.figure peft torchvision.utils".split()
-
-
-@contextmanager
-def forked(function, *args):
-    """A process that calls the function. It is forked from one that has loaded all packages."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(LOADED)  # which takes 7 s, once
-    process = context.Process(target=function, args=args)
-    with mock.patch.dict(os.environ, environment()):
-        process.start()
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.join()
-
-
-def redirect_output():
-    """From now on, what this process prints is added to the files `stdout` and `stderr`."""
-    for descriptor, name in enumerate(("stdout", "stderr"), 1):
-        file = open(name, "a", buffering=1)  # noqa: SIM115
-        os.dup2(file.fileno(), descriptor)
-        setattr(sys, name, file)
-
-
-def script(args, variables=()):
-    """What `python flow_grpo.py ARGS` does. It adds to the files `stdout` and `stderr`."""
-    os.environ.update(variables)
-    redirect_output()
-    sys.argv = ["flow_grpo.py", *args]
-    runpy.run_path(str(HERE / "flow_grpo.py"), run_name="__main__")
-
-
-def watched_runs(runs):
-    """Each in turn, with the exit code of the last. It adds to the files `stdout` and `stderr`."""
-    redirect_output()
-    importlib.reload(flow_grpo)  # which reads from the environment which process this is
-    for name, args in runs.items():
-        code = watched_run(name, args)
-    sys.exit(code)
-
-
-def two_processes(function, given):
-    """What `torchrun --standalone --nproc-per-node 2` does, for a function in place of a script."""
-    size = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 2, "max_restarts": 0}
-    meeting = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "two"}
-    elastic_launch(LaunchConfig(**size, **meeting, start_method="fork"), function)(given)
-
-
-def wait_for(process, text, path):
-    """Until the file has the text, or the process has ended."""
-    while process.is_alive() and not (path.exists() and text in path.read_text()):
-        time.sleep(0.01)
-
-
-def watched_run(name, args):
-    """A run's exit code. NAME.RANK.pt tells what this process drew, differentiated, and wrote."""
-    seen = {"samples": [], "gradients": [], "files": []}
-    original = SimpleNamespace(**vars(flow_grpo))
-
-    def sample(run):
-        samples = original.sample(run)
-        kept = {"latents": samples.latents, "log_probs": samples.log_probs}
-        seen["samples"].append(kept | {"columns": samples.columns})
-        return samples
-
-    def optimizer_step(run):
-        own = gradient_of(run)
-
-        def before_the_step(*_):
-            seen["gradients"].append({"own": own, "summed": gradient_of(run)})
-
-        hook = run.optimizer.register_step_pre_hook(before_the_step)
-        norm = original.optimizer_step(run)
-        hook.remove()
-        return norm
-
-    def write_file(path, write):
-        def write_and_tell(temporary):
-            seen["files"].append(path.name)
-            write(temporary)
-
-        original.write_file(path, write_and_tell)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flow_grpo, "EVAL_DENOISING_STEPS", EVAL_STEPS)
-        for replacement in (sample, optimizer_step, write_file):
-            patch.setattr(flow_grpo, replacement.__name__, replacement)
-        code = flow_grpo.main(args)
-    torch.save(seen, f"{name}.{flow_grpo.RANK}.pt")
-    return code
-
-
-def gradient_of(run):
-    return joined(torch.zeros_like(p) if p.grad is None else p.grad for p in run.parameters)

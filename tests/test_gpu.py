@@ -84,7 +84,7 @@ def test_the_pretended_gpu_takes_what_a_gpu_takes(gpu):
 
 
 def test_the_pretended_gpu_leaves_nothing_behind(monkeypatch):
-    monkeypatch.undo()
+    monkeypatch.undo()  # what `hidden_gpu` has set
     replaced = [(owner, name) for owner, values in REPLACED.items() for name in values]
     before = [getattr(*place) for place in replaced]
     with pytest.raises(KeyError), pretended_gpu():
@@ -251,6 +251,7 @@ def test_a_process_has_a_gpu_of_its_own_as_long_as_they_last(monkeypatch, rank, 
     monkeypatch.setattr(dist, "rendezvous", lambda _: iter([(Mock(), rank, 4)]))
     monkeypatch.setattr(dist, "init_process_group", Mock())
     monkeypatch.setattr("atexit.register", Mock())
+    monkeypatch.setattr("signal.signal", Mock())
     flow_grpo.join_processes()
     set_device.assert_called_once_with(chosen)
 
@@ -358,7 +359,7 @@ def test_only_the_policy_with_the_prompt_has_a_graph(model, work):
 
     run.pipe.transformer.register_forward_pre_hook(record_graph)
     flow_grpo.optimize(run, samples)
-    steps = 2 * 2 * 2  # of two updates with two batches
+    steps = 2 * 2 * 2  # Each of two updates has two batches, and these have two steps.
     assert len(graphs) == 4 * steps
     assert sum(graphs) == steps
 

@@ -16,6 +16,15 @@ import torch
 
 import flow_grpo
 from flow_grpo import main
+from tests.processes import (
+    exit_code,
+    forked,
+    script,
+    two_processes,
+    wait_for,
+    watched_run,
+    watched_runs,
+)
 from tests.small import (
     EVAL_STEPS,
     HERE,
@@ -24,17 +33,11 @@ from tests.small import (
     WINDOW,
     arguments,
     error_of,
-    forked,
     joined,
     metrics,
     only_error,
     same_run,
-    script,
     to_go_on,
-    two_processes,
-    wait_for,
-    watched_run,
-    watched_runs,
     write,
 )
 
@@ -67,7 +70,7 @@ def late_kill(images, prompts, records):
 
 @pytest.fixture(scope="module")
 def teams(model, tmp_path_factory):
-    """A folder of runs on one process and on two, with what these saw, and what was printed.
+    """Here are runs on one process and on two, what these saw, and what was printed.
 
     begun: an epoch on one process; one, two: one more on one process, and on two;
     lone, idle: an epoch of batches as large as it is, on one process, and on two;
@@ -91,9 +94,7 @@ def teams(model, tmp_path_factory):
             "idle": arguments(model, "idle", **large),
             "nan": arguments(model, "nan", reward="late.py:late_nan"),
         }
-        with forked(two_processes, watched_runs, runs) as process:
-            process.join()
-        assert process.exitcode != 0
+        assert exit_code(two_processes, watched_runs, runs) > 0
         yield
 
 
@@ -201,8 +202,7 @@ def test_a_process_that_is_killed_ends_both_with_one_sentence(model, work):
     """Without --output-dir, too, both are in one folder."""
     Path("late.py").write_text(REWARDS + LATE)
     args = arguments(model, "", reward="late.py:late_kill")
-    with forked(two_processes, script, args) as process:
-        process.join()
+    assert exit_code(two_processes, script, args) > 0
     (folder,) = Path("runs").iterdir()
     assert one_error(Path("stderr").read_text()).endswith(to_go_on(folder))
     assert main([f"--resume={folder}"]) == 0
@@ -210,8 +210,7 @@ def test_a_process_that_is_killed_ends_both_with_one_sentence(model, work):
 
 
 def test_bad_input_is_said_by_one_process(model, work):
-    with forked(two_processes, script, arguments(model, prompt_file="none.txt")) as process:
-        process.join()
+    assert exit_code(two_processes, script, arguments(model, prompt_file="none.txt")) > 0
     assert "none.txt" in one_error(Path("stderr").read_text())
     assert not Path("out").exists()
 
@@ -243,6 +242,7 @@ def test_a_process_alone_trains_alone(model, work, capsys, monkeypatch, variable
 def test_a_process_that_can_not_find_the_others_says_so(work, model, capsys, monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setattr(flow_grpo, "PROCESSES", 2)
+    monkeypatch.setattr(signal, "signal", Mock())
     error = error_of(arguments(model), capsys)
     assert re.search("join the other processes: .*unset WORLD_SIZE", error)
 
@@ -264,7 +264,7 @@ def test_a_signal_ends_a_run_with_one_sentence(model, work, number):
     with forked(script, arguments(model, "cut", **WINDOW | {"epochs": 1000})) as process:
         wait_for(process, '"kl"', Path("cut/metrics.jsonl"))
         os.kill(process.pid, number)
-        process.join()
+        process.join(timeout=300)
     assert process.exitcode == 130
     assert Path("stderr").read_text() == f"error: interrupted by a signal{to_go_on('cut')}\n"
 

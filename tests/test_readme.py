@@ -14,7 +14,8 @@ import torch
 
 import flow_grpo
 from flow_grpo import Config, grpo_loss, load_reward, main, score_images, sde_step
-from tests.small import HERE, PROMPTS, environment, only_error, write
+from tests.processes import environment
+from tests.small import HERE, PROMPTS, only_error, write
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [HERE / "README.md", *sorted(HERE.glob("[!.]*/README.md"))]
@@ -78,16 +79,17 @@ def test_the_documents_flags_exist(document):
 
 @pytest.fixture(scope="module")
 def quick_start(tmp_path_factory):
-    """A copy of the repository in which the README's first command was run, shortened."""
+    """Here is a copy of the repository, and a run by the README's first command, shortened."""
     folder = tmp_path_factory.mktemp("clone")
+    prompts = tmp_path_factory.mktemp("prompts") / "eval.txt"
+    write(prompts, 'a sign that says "407"')
     for path in HERE.iterdir():
         if not (path.name == "runs" or path.suffix == ".png" or path.name.startswith(".")):
             (folder / path.name).symlink_to(path)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(flow_grpo, "DEVICE", "cpu")
-        write("eval.txt", 'a sign that says "407"')
-        short = "--epochs 1 --prompts-per-epoch 2 --group-size 2 --eval-prompt-file eval.txt"
+        short = f"--epochs 1 --prompts-per-epoch 2 --group-size 2 --eval-prompt-file {prompts}"
         first_command = flags_after(r"\bpython flow_grpo\.py ", "\n".join(SHELL))[0]
         assert main(first_command + short.split()) == 0
         yield

@@ -56,20 +56,24 @@ def test_with_an_average_of_zero_evaluation_draws_the_stock_models_images(evalua
     assert images.std() > 0.01
 
 
+def test_the_stock_pipeline_draws_an_evaluations_images_with_the_saved_weights(evaluated):
+    run = evaluated.run
+    _, images = flow_grpo.evaluate(run, run.eval_records)
+    flow_grpo.save(run)
+    close(images, stock_images(evaluated.folder, run, lora="out"), rtol=0, atol=1e-4)
+    assert not torch.allclose(images, evaluated.base, atol=1e-2)
+
+
 def write_a_part(path):
     path.write_bytes(b"a part")
     raise KeyboardInterrupt
 
 
-def test_the_stock_pipeline_draws_an_evaluations_images_with_the_saved_weights(evaluated):
-    run = evaluated.run
-    _, images = flow_grpo.evaluate(run, run.eval_records)
-    flow_grpo.save(run)
+def test_a_part_of_a_file_is_not_taken_for_weights(model, work):
+    flow_grpo.save(small_run(model))
     with pytest.raises(KeyboardInterrupt):
         flow_grpo.write_file(Path("out/pytorch_lora_weights.safetensors"), write_a_part)
     assert len(list(Path("out").glob("*.safetensors"))) == 1
-    close(images, stock_images(evaluated.folder, run, lora="out"), rtol=0, atol=1e-4)
-    assert not torch.allclose(images, evaluated.base, atol=1e-2)
 
 
 def test_the_saved_weights_are_the_average_and_need_no_scale(model, work):
@@ -85,6 +89,9 @@ def test_the_saved_weights_are_the_average_and_need_no_scale(model, work):
         close(saved[key], scale * average)
 
 
+PAIR = [{"prompt": "a"}, {"prompt": "b"}]
+
+
 @pytest.mark.parametrize("use", [flow_grpo.save, lambda run: flow_grpo.evaluate(run, PAIR)])
 def test_saving_and_evaluation_leave_the_adapter_as_it_was(model, work, use):
     run = small_run(model)
@@ -92,9 +99,6 @@ def test_saving_and_evaluation_leave_the_adapter_as_it_was(model, work, use):
     before = copied(run.parameters)
     use(run)
     assert all(map(torch.equal, run.parameters, before))
-
-
-PAIR = [{"prompt": "a"}, {"prompt": "b"}]
 
 
 def test_evaluation_scores_its_images(model, work):
@@ -265,33 +269,6 @@ def test_rewards_may_be_whole_numbers(model, work, quick):
     rewards = flow_grpo.sample(run).columns["reward"]
     assert rewards.tolist() == [1, 0, 0, 1, 0, 0, 1, 0]
     assert rewards.dtype == torch.float32
-
-
-@pytest.fixture
-def switches():
-    """torch's switches, which the test may set."""
-    yield
-    torch.set_default_dtype(torch.float32)
-    torch.set_default_device(None)
-
-
-def set_switches(images, *_):
-    torch.set_default_dtype(torch.float64)
-    torch.set_default_device("meta")
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    return [0.0] * len(images)
-
-
-def test_a_reward_may_set_torchs_switches_otherwise(model, work, switches):
-    run = small_run(model)
-    samples = flow_grpo.sample(run)
-    run.reward.function = set_switches
-    same = flow_grpo.sample(run)
-    assert torch.equal(same.latents, samples.latents)
-    assert same.columns["reward"].dtype == torch.float32
-    assert torch.get_float32_matmul_precision() == "high"  # TF32, on a GPU
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_decoding_has_no_graph(model, work):
