@@ -249,7 +249,7 @@ def velocity_along(run, times, texts, records):
     """The network's velocity(x, k) for B records' prompts at times[k], as `rollout` calls it.
 
     It takes x [B, C, H, W] and returns the same shape, in float32, with classifier-free guidance.
-    As in [code], the gradient leaves the unconditional velocity out, which saves a backward pass.
+    As in [code] of July 2025, the unconditional velocity has no gradient, which is cheaper.
     """
     scale = run.config.guidance_scale
     # On a GPU, the last bits of an image depend on how many are in its pass. So each pass there has

@@ -6,7 +6,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean
+from statistics import mean, variance
 from types import SimpleNamespace
 
 import claims
@@ -343,7 +343,7 @@ TOLD = {  # what the documents say of each claim, with [variant: column] for the
     ("README.md", "kl"): (
         "The reward is [beta 0: reward] without the penalty and [beta 0.4: reward] with it, but "
         "the Fréchet distance to real signs is [beta 0: Fréchet distance] and [beta 0.4: Fréchet "
-        "distance]."
+        "distance] (base model: [base model: Fréchet distance])."
     ),
     ("README.md", "noise"): (
         "The exact share is [noise 0.1: exact share] at a noise level of 0.1, [noise 0.7: exact "
@@ -396,8 +396,8 @@ TOLD = {  # what the documents say of each claim, with [variant: column] for the
         "Without a penalty, the exact share is [Flow-GRPO, beta 0: exact share] by Flow-GRPO, "
         "[CPS: exact share] by CPS, [GRPO-Guard: exact share] by GRPO-Guard, [Flow-DPPO: exact "
         "share] by Flow-DPPO, and [TempFlow-GRPO's weights: exact share] by TempFlow-GRPO's "
-        "weights. With one, it is [Flow-GRPO, beta 0.4: exact share], and [KL on velocities: "
-        "exact share] by the KL on velocities."
+        "weights. With one, it is [Flow-GRPO, beta 0.4: exact share] by Flow-GRPO, and [KL on "
+        "velocities: exact share] by the KL on velocities."
     ),
 }
 HEADINGS = {
@@ -434,6 +434,19 @@ def test_the_documents_say_of_a_claim_what_the_records_say(document, claim):
     section = section_of(document)
     assert f"`{claim}`" in section
     assert sentences(document, claim) in section
+
+
+def test_the_seeds_scatter_as_the_document_says():
+    seeds = set()
+    for claim in claims.measured(RECORDS):
+        for runs in claims.runs_of(claim, RECORDS).values():
+            if len(runs) == 3:
+                seeds.add(tuple(run["judgement"]["exact"] for run in runs))
+    one = math.sqrt(mean(variance(exact) for exact in seeds))
+    difference = one * math.sqrt(2 / 3)  # of two means over three seeds
+    told = f"a standard deviation of {number(one, 2)}, so that the difference of two means has one"
+    assert f"{told} of {number(difference)}." in words_of("bench/README.md")
+    assert 2 * difference < claims.CHANCE
 
 
 def test_the_readme_has_no_other_number_on_the_claims():
