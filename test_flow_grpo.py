@@ -1,7 +1,7 @@
 """Flow-GRPO, formula by formula, and the proof that flow_grpo.py computes it.
 
-Read it from top to bottom: the method, with nothing but torch and a seeded generator; an epoch of
-a small random model; last, that the reward rises. [paper] and [code] are as in flow_grpo.py. All
+Read it from top to bottom: the method, with hardly more than torch and a seeded generator; an epoch
+of a small random model; last, that the reward rises. [paper] and [code] are as in flow_grpo.py. Its
 other tests are in tests/.
 """
 
@@ -43,8 +43,8 @@ def policy(velocity, x, t, t_next, a):
     """
     v = velocity.double()
     x = x.double()
-    left = 1 - t_next if t == 1 else 1 - t
-    sigma = a * math.sqrt(t / left)
+    one_minus_t = 1 - t_next if t == 1 else 1 - t
+    sigma = a * math.sqrt(t / one_minus_t)
     drift = v + sigma**2 / (2 * t) * (x + (1 - t) * v)
     mean = x + drift * (t_next - t)
     return Normal(mean, sigma * math.sqrt(t - t_next))
@@ -112,10 +112,10 @@ WRONG = [(900.0, 800.0), (1.1, 0.9), (0.5, 0.5), (0.4, 0.5), (0.5, -0.1), (math.
 @pytest.mark.parametrize(("t", "t_next"), WRONG)
 def test_a_step_refuses_times_that_do_not_fall_within_0_and_1(t, t_next):
     """FLUX trainers have t = 900 of 1,000, say, which would be NaN without a word."""
-    of_two_images = torch.tensor([0.9, t])
-    for time in (t, torch.tensor(t), of_two_images):
+    of_two_images = torch.tensor([0.9, t]), torch.tensor([0.8, t_next])
+    for times in ((t, t_next), (torch.tensor(t), t_next), of_two_images):
         with pytest.raises(ValueError, match="0 <= t_next < t <= 1 is needed"):
-            sde_step(one(2), one(1), time, t_next, 0.7)
+            sde_step(one(2), one(1), *times, 0.7)
 
 
 def test_a_step_draws_standard_normal_noise_from_its_generator():
@@ -201,7 +201,7 @@ def test_the_sde_keeps_the_flows_marginals(level):
 def test_without_noise_a_step_is_the_schedulers_euler_step(shape):
     """x_next = x + v dt."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    times = schedule(scheduler, 10)
+    times = schedule(scheduler, 10)  # This sets the scheduler's timesteps, too.
     v, x = normal(2, 10, *shape)
     for k, timestep in enumerate(scheduler.timesteps):
         expected = scheduler.step(v, timestep, x, return_dict=False)[0]
@@ -311,7 +311,7 @@ def test_the_kl_of_a_step_is_the_papers_closed_form(shape):
 # Ratio, advantage A, the surrogate -min(ratio A, clip(ratio, 0.8, 1.2) A), and its gradient by the
 # log-prob: -ratio A, or 0 where the clip holds.
 CLIPPED = [
-    (1.5, 2.0, -2.4, 0.0),
+    (1.7, 2.0, -2.4, 0.0),
     (1.1, 2.0, -2.2, -2.2),
     (0.9, 2.0, -1.8, -1.8),
     (0.5, 2.0, -1.0, -1.0),
@@ -341,7 +341,7 @@ def test_the_statistics_of_the_loss_are_means_without_a_graph():
     kl = KL.clone().requires_grad_()
     _, stats = grpo_loss(log_prob, torch.zeros(8), ADVANTAGE, kl, clip_range=0.2, beta=0.5)
     expected = {
-        "ratio_mean": torch.tensor(1.0),
+        "ratio_mean": torch.tensor(8.2 / 8),
         "clipfrac": torch.tensor(4 / 8),  # a clip that holds, or would with the other sign
         "approx_kl": (RATIO.log() ** 2).mean() / 2,
         "policy_loss": SURROGATE.mean(),
@@ -507,10 +507,10 @@ def epoch(request, model, tmp_path_factory):
 
         def recorded_step(run):
             update = SimpleNamespace(images=chunks[-1])
-            loss, update.stats = objective(run, samples, update.images, old_log_probs)
+            loss, update.expected_stats = objective(run, samples, update.images, old_log_probs)
             expected = torch.autograd.grad(loss, list(run.parameters))
-            update.expected = joined(expected)
-            update.stats["grad_norm"] = update.expected.norm()
+            update.expected_gradient = joined(expected)
+            update.expected_stats["grad_norm"] = update.expected_gradient.norm()
             update.gradient = joined(p.grad for p in run.parameters) / scale
             updates.append(update)
             return optimizer_step(run)
@@ -523,23 +523,28 @@ def epoch(request, model, tmp_path_factory):
 def test_the_gradient_of_an_update_is_that_of_the_papers_objective(epoch):
     assert len(epoch.updates) == epoch.run.updates == 2
     for update in epoch.updates:
-        error = (update.gradient - update.expected).norm()
-        assert error < 1e-5 * update.expected.norm()
+        error = (update.gradient - update.expected_gradient).norm()
+        assert error < 1e-5 * update.expected_gradient.norm()
 
 
 def test_statistics_are_means_over_the_updates(epoch):
-    first, second = (update.stats for update in epoch.updates)
+    first, second = (update.expected_stats for update in epoch.updates)
     for name in first:
-        expected = (first[name] + second[name]) / 2
-        rounding = 1e-7 if name == "policy_loss" else 0  # Its terms nearly cancel.
-        assert epoch.stats[name] == pytest.approx(expected.item(), rel=2e-3, abs=rounding), name
+        expected = (first[name] + second[name]).item() / 2
+        got = epoch.stats[name]
+        if name == "ratio_mean":  # It is so near to 1 that only the difference tells.
+            expected -= 1
+            got -= 1
+        # The terms of a loss nearly cancel, and a ratio is rounded.
+        rounding = 1e-7 if name in ("policy_loss", "ratio_mean") else 0
+        assert got == pytest.approx(expected, rel=2e-3, abs=rounding), name
 
 
 def test_only_the_second_update_is_off_policy(epoch):
-    first, second = (update.stats for update in epoch.updates)
+    """The mean of their `clipfrac` is what the test above compares."""
+    first, second = (update.expected_stats for update in epoch.updates)
     assert first["clipfrac"] == 0
     assert 0.1 < second["clipfrac"] < 1
-    assert epoch.stats["clipfrac"] == pytest.approx(second["clipfrac"].item() / 2, rel=2e-3)
     assert epoch.stats["ratio_deviation"] < 1e-5
 
 
@@ -637,15 +642,13 @@ def test_an_optimiser_step_is_adamws_by_a_gradient_clipped_to_1_and_moves_the_av
     assert run.scaler.get_scale() == 1  # It was lowered twice.
 
 
-@pytest.mark.parametrize("epsilon, scale", [(1e-8, 1), (1e-8, 1e-6), (1e-15, 1e-6)])
-def test_a_first_step_is_as_long_as_the_gradient_is_beside_adams_epsilon(
-    model, work, epsilon, scale
-):
+@pytest.mark.parametrize("epsilon, norm", [(1e-8, 1e-3), (1e-8, 1e-9), (1e-15, 1e-9)])
+def test_adams_epsilon_shortens_a_first_step(model, work, epsilon, norm):
     """It is learning_rate * g / (|g| + epsilon), for a gradient g."""
     run = small_run(model, active=False, adam_epsilon=epsilon)
     before = joined(run.parameters)
-    g = 1e-3 * scale / math.sqrt(before.numel())
-    set_gradient(run.parameters, 1e-3 * scale)
+    g = norm / math.sqrt(before.numel())
+    set_gradient(run.parameters, norm)
     flow_grpo.optimizer_step(run)
     moved = (before - joined(run.parameters)) / run.config.learning_rate
     close(moved, torch.full_like(moved, g / (g + epsilon)), rtol=0, atol=1e-3)

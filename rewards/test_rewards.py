@@ -116,7 +116,8 @@ def test_each_file_works_alone_with_the_packages_that_it_names(tmp_path):
         shutil.copy(HERE / f"{name}.py", tmp_path / name)
         scripts += [name, script_alone(name)]
     command = [sys.executable, "-c", FORKS, *scripts]
-    subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""}, check=True)
+    given = os.environ | {"PYTHONPATH": ""}
+    subprocess.run(command, cwd=tmp_path, env=given, check=True, timeout=300)
 
 
 # ---- OCR.

@@ -1,12 +1,12 @@
-"""Fixtures of all tests in this folder.
+"""Fixtures of the tests in this folder, of the specification, and of examples/.
 
 They load packages where they need them. So the process that starts the others, for `-n`, and reads
 this file as well, loads none.
 """
 
 import os
+import signal
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -22,6 +22,25 @@ def hidden_gpu(request, monkeypatch):
     if not marked and "gpu" not in request.fixturenames:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(flow_grpo, "DEVICE", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def switches():
+    """Those of torch and of Python, which a run sets, are as before after each test."""
+    import torch
+
+    precision = torch.get_float32_matmul_precision()
+    attention = torch.backends.cuda.cudnn_sdp_enabled()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    torch.set_grad_enabled(True)
+    torch.autograd.set_multithreading_enabled(True)
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cuda.enable_cudnn_sdp(attention)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +60,7 @@ def model(tmp_path_factory):
     from tests.small import save_random_pipeline
 
     folder = tmp_path_factory.getbasetemp()
-    if not (folder / "with-T5").exists():  # Files that import this fixture have one of their own.
+    if not (folder / "with-T5").exists():  # A file that imports this fixture has a second one.
         save_random_pipeline(folder / "with-T5")
         save_random_pipeline(folder / "without-T5", t5=False)
     return folder / "with-T5"
@@ -50,22 +69,20 @@ def model(tmp_path_factory):
 @pytest.fixture
 def work(tmp_path, monkeypatch):
     """An empty folder with rewards and prompts, in which a test runs."""
+    from tests.small import set_up
+
+    set_up(tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def whole(model, tmp_path_factory):
+    """The folder of a run that nothing interrupted."""
     import flow_grpo
-    from tests.small import EVAL_STEPS, PROMPTS, REWARDS, write
+    from tests.small import WINDOW, arguments, set_up
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(flow_grpo, "EVAL_DENOISING_STEPS", EVAL_STEPS)
-    Path("rewards.py").write_text(REWARDS)
-    write("prompts.txt", *PROMPTS)
-
-
-@pytest.fixture
-def whole(model, work):
-    """The folder of a run that nothing interrupted. The first test that asks for it makes it."""
-    from flow_grpo import main
-    from tests.small import WINDOW, arguments
-
-    folder = model.with_name("whole")
-    if not (folder / "samples/epoch_00003.png").exists():  # the last thing that it leaves
-        assert main(arguments(model, folder, **WINDOW)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        set_up(tmp_path_factory.mktemp("work"), patch)
+        patch.setattr(flow_grpo, "DEVICE", "cpu")
+        folder = model.with_name("whole")
+        assert flow_grpo.main(arguments(model, folder, **WINDOW)) == 0
     return folder

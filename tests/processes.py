@@ -62,7 +62,10 @@ def redirect_output():
 
 
 def script(args, variables=()):
-    """What `python flow_grpo.py ARGS` does. It adds to the files `stdout` and `stderr`."""
+    """What `python flow_grpo.py ARGS` does, but for functions that `atexit` calls at its end.
+
+    It adds to the files `stdout` and `stderr`.
+    """
     os.environ.update(variables)
     redirect_output()
     sys.argv = ["flow_grpo.py", *args]

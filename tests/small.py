@@ -148,7 +148,6 @@ def save_random_pipeline(folder, t5=True, pooled=(16, 16), blocks=2, **network):
 REWARDS = """
 import torch
 
-number = 3
 scale = torch.nn.Parameter(torch.ones(()))
 
 
@@ -176,14 +175,6 @@ def uneven(images, prompts, records):
 def nan(images, prompts, records):  # but not of the blank image that all runs begin with
     bad = float("nan") if images.any() else 1.0
     return [bad if '"5"' in prompt else 1.0 for prompt in prompts]
-
-
-def wide(images, prompts, records):
-    return torch.zeros(len(images), 2)
-
-
-def nothing(images, prompts, records):
-    return {}
 
 
 def broken(images, prompts, records):
@@ -225,6 +216,14 @@ SMALL = {
 }
 # Its place is drawn anew in each epoch.
 WINDOW = {"sde_steps": 3, "sde_last_step": 5, "guidance_scale": 1.0, "ema_interval": 2}
+
+
+def set_up(folder, patch):
+    """Work in this folder, which gets rewards and prompts. Evaluations have few steps."""
+    patch.chdir(folder)
+    patch.setattr(flow_grpo, "EVAL_DENOISING_STEPS", EVAL_STEPS)
+    Path("rewards.py").write_text(REWARDS)
+    write("prompts.txt", *PROMPTS)
 
 
 def arguments(model, out="out", **given):

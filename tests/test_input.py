@@ -468,21 +468,8 @@ def switching(images, prompts, records):
 """
 
 
-@pytest.fixture
-def switches():
-    """torch's, which the test may set."""
-    precision = torch.get_float32_matmul_precision()
-    attention = torch.backends.cuda.cudnn_sdp_enabled()
-    yield
-    torch.set_grad_enabled(True)
-    torch.set_default_dtype(torch.float32)
-    torch.set_default_device(None)
-    torch.set_float32_matmul_precision(precision)
-    torch.backends.cuda.enable_cudnn_sdp(attention)
-
-
 @pytest.mark.parametrize("when", ["loaded", "called"])
-def test_a_run_has_its_own_switches_whatever_a_reward_sets(model, work, switches, when):
+def test_a_run_has_its_own_switches_whatever_a_reward_sets(model, work, when):
     Path("calm.py").write_text(SWITCHES)
     Path("loads.py").write_text(SWITCHES + "\n\nswitch()\n")
     source = "loads.py:quiet" if when == "loaded" else "calm.py:switching"

@@ -26,9 +26,7 @@ from tests.processes import (
     watched_runs,
 )
 from tests.small import (
-    EVAL_STEPS,
     HERE,
-    PROMPTS,
     REWARDS,
     WINDOW,
     arguments,
@@ -37,8 +35,8 @@ from tests.small import (
     metrics,
     only_error,
     same_run,
+    set_up,
     to_go_on,
-    write,
 )
 
 # ---- Two processes against one.
@@ -77,11 +75,8 @@ def teams(model, tmp_path_factory):
     nan: on two processes, of which one fails.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("teams"))
+        set_up(tmp_path_factory.mktemp("teams"), patch)
         patch.setattr(flow_grpo, "DEVICE", "cpu")
-        patch.setattr(flow_grpo, "EVAL_DENOISING_STEPS", EVAL_STEPS)
-        write("prompts.txt", *PROMPTS)
-        Path("rewards.py").write_text(REWARDS)
         Path("late.py").write_text(REWARDS + LATE)
         assert main(arguments(model, "begun", epochs=1)) == 0
         shutil.copytree("begun", "one")
@@ -153,6 +148,7 @@ def test_two_processes_have_the_metrics_of_one(teams):
 
 
 def test_two_processes_evaluate_like_one(teams):
+    """`nan` has done that much. `two` has it from `begun`, and `idle` has other batches."""
     assert metrics("nan")[0]["eval_reward"] == metrics("begun")[0]["eval_reward"]
     picture = "samples/epoch_00000.png"
     assert Path("nan", picture).read_bytes() == Path("begun", picture).read_bytes()
@@ -248,7 +244,8 @@ def test_a_process_that_can_not_find_the_others_says_so(work, model, capsys, mon
 
 
 # ---- Signals.
-def test_killed_equals_uninterrupted(whole, model, capsys):
+def test_killed_equals_uninterrupted(whole, model, work, capsys):
+    """`watched_run` has evaluations as short as those of `whole`."""
     with forked(watched_run, "killed", arguments(model, "cut", **WINDOW)) as process:
         wait_for(process, '"kl"', Path("cut/metrics.jsonl"))
         os.kill(process.pid, signal.SIGSTOP)
@@ -282,6 +279,7 @@ def test_a_process_says_that_it_waits_for_others_and_a_signal_ends_it(work, numb
         wait_for(process, "waits for the others", Path("stderr"))
         os.kill(process.pid, number)
         process.join(timeout=10)
+        # The sentence is printed before a signal ends the process at once.
         assert process.exitcode in (-number, 130)
 
 

@@ -64,10 +64,12 @@ def flags_after(start, text):
     return [shlex.split(words) for words in found]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.parent.name)
-def test_the_documents_flags_exist(document):
+@pytest.mark.parametrize("folder", [".", "tiny-sd3"])  # bench/README.md has no such command.
+def test_the_documents_flags_exist(folder):
+    document = HERE / folder / "README.md"
     text = document.read_text(encoding="utf-8")
     given = flags_after(r"\bflow_grpo\.py(?= )", text)
+    assert given
     if document == HERE / "README.md":
         given += flags_after("`(?=--)", text)  # flags by themselves
     known = {f"--{name.replace('_', '-')}" for name in vars(Config())}
@@ -79,7 +81,7 @@ def test_the_documents_flags_exist(document):
 
 @pytest.fixture(scope="module")
 def quick_start(tmp_path_factory):
-    """Here is a copy of the repository, and a run by the README's first command, shortened."""
+    """Here are links to the repository's files, and a run by the README's first command."""
     folder = tmp_path_factory.mktemp("clone")
     prompts = tmp_path_factory.mktemp("prompts") / "eval.txt"
     write(prompts, 'a sign that says "407"')
@@ -174,8 +176,8 @@ def test_the_file_alone_trains_with_a_sum_of_rewards_of_ones_own(alone):
     command = [sys.executable, "flow_grpo.py", *flags.split(), HERE / "tiny-sd3"]
     closed = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command]
     given = environment() | {"PYTHONPATH": "", "PYTHONIOENCODING": "ascii"}
-    stdout = subprocess.run(closed, env=given, stdout=subprocess.PIPE, check=True).stdout
-    assert b"epoch 1: reward " in stdout
+    done = subprocess.run(closed, env=given, stdout=subprocess.PIPE, check=True, timeout=300)
+    assert b"epoch 1: reward " in done.stdout
     assert Path("für_später/pytorch_lora_weights.safetensors").exists()
 
 

@@ -28,6 +28,7 @@ from tests.small import (
     metrics,
     only_error,
     same_run,
+    set_up,
     small_run,
     to_go_on,
 )
@@ -39,14 +40,13 @@ FILES = """checkpoint.pt config.json curve.png eval_prompts.jsonl metrics.jsonl
 FOR_THE_FILE = "ratio_mean clipfrac approx_kl policy_loss grad_norm ratio_deviation trained".split()
 
 
-@pytest.fixture
-def finished(model, work):
-    """The folder of a run by `two` of rewards.py. The file `printed` beside it has what it said.
-
-    The first test that asks for it makes it, and the others share it.
-    """
-    folder = model.with_name("finished")
-    if not (folder / "samples/epoch_00003.png").exists():  # the last thing that it leaves
+@pytest.fixture(scope="module")
+def finished(model, tmp_path_factory):
+    """The folder of a run by `two` of rewards.py. The file `printed` beside it has what it said."""
+    with pytest.MonkeyPatch.context() as patch:
+        set_up(tmp_path_factory.mktemp("work"), patch)
+        patch.setattr(flow_grpo, "DEVICE", "cpu")
+        folder = model.with_name("finished")
         with open(model.with_name("printed"), "w") as stdout, redirect_stdout(stdout):
             given = {"reward": "rewards.py:two", "seed": 3}
             assert main(arguments(model.with_name("without-T5"), folder, **given)) == 0
@@ -101,7 +101,7 @@ def test_an_epochs_printed_line_fits_a_terminal(model, work, capsys):
     assert line.count("\n") == 1
 
 
-def test_the_norm_of_a_skipped_step_is_not_logged(model, work):
+def test_the_norm_of_a_skipped_step_is_logged_as_0(model, work):
     """JSON has neither infinity nor NaN."""
     run = small_run(model)
     run.scaler = torch.amp.GradScaler("cpu", 1024.0)
@@ -124,7 +124,7 @@ def test_the_config_file_has_all_settings(finished):
     assert saved == vars(Config(output_dir=str(finished), **SMALL | given))
 
 
-def test_the_prompts_of_evaluations_are_saved(finished):
+def test_the_prompts_of_evaluations_are_saved(finished, work):
     lines = (finished / "eval_prompts.jsonl").read_text().splitlines()
     _, eval_records = split_prompts(Config("prompts.txt"), load_reward("rewards.py:red"))
     assert [json.loads(line) for line in lines] == eval_records
@@ -164,6 +164,9 @@ def test_the_curve_shows_the_reward_of_epochs_and_of_evaluations(model, work):
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_second_run_in_a_folder_is_refused(model, work, capsys, monkeypatch, instant, resume):
     """At the instant, the first run calls the function below."""
+    second = []
+    monkeypatch.setattr(flow_grpo, "train", lambda run: None)
+    first_goes_on = getattr(flow_grpo, instant)
 
     def start_a_second_run(*args):
         with monkeypatch.context() as patch:
@@ -171,9 +174,6 @@ def test_a_second_run_in_a_folder_is_refused(model, work, capsys, monkeypatch, i
             second.append(error_of(["--resume=out"] if resume else arguments(model), capsys))
         return first_goes_on(*args)
 
-    second = []
-    monkeypatch.setattr(flow_grpo, "train", lambda run: None)
-    first_goes_on = getattr(flow_grpo, instant)
     monkeypatch.setattr(flow_grpo, instant, start_a_second_run)
     assert main(arguments(model)) == 0
     assert re.search(" out: .*a run is in it", second[0])
@@ -197,7 +197,7 @@ def half_written(path):
 
 
 @pytest.mark.parametrize("name, call", INSTANTS)
-def test_interrupted_equals_uninterrupted(whole, model, monkeypatch, capsys, name, call):
+def test_interrupted_equals_uninterrupted(whole, model, work, monkeypatch, capsys, name, call):
     """The call of a function, or the writing of a file, is the one that Ctrl-C interrupts."""
     calls = Counter()
     replaced = "write_file" if "." in name else name
@@ -225,16 +225,17 @@ def test_interrupted_equals_uninterrupted(whole, model, monkeypatch, capsys, nam
 
 # ---- Resumed runs.
 def snapshot(folder):
-    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {path: path.read_bytes() for path in files if path.suffix != ".pyc"}
 
 
 @pytest.fixture
-def resumable(whole):
+def resumable(whole, work):
     """A copy of a finished run, in ./out."""
     shutil.copytree(whole, "out")
 
 
-def test_a_run_can_be_prolonged(whole, model, capsys):
+def test_a_run_can_be_prolonged(whole, model, work, capsys):
     assert main(arguments(model, "out", **WINDOW | {"epochs": 2})) == 0
     capsys.readouterr()
     assert main(["--resume=out", "--epochs=3"]) == 0
