@@ -927,12 +927,12 @@ def log(run, scores, images=None, **stats):
     if images is not None:
         write_pictures(run, images)
     save(run)
-    shown = [name for name in metrics if name in scores or re.match("kl|seconds", name)]
+    shown = [*scores][:3] + [name for name in stats if re.match("kl|seconds", name)]
     # `reward` is most often a copy of the next column, which then needn't be shown.
     if len({metrics[name] for name in shown[:2]}) == 1:
         del shown[1:2]
     line = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown)
-    tqdm.write(f"epoch {run.epoch}: {line:.88}")
+    tqdm.write(f"epoch {run.epoch}: {line}")
 
 
 def write_pictures(run, images):
