@@ -372,6 +372,7 @@ def columns(images, prompts, records):
 """
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
 @pytest.mark.parametrize("name", ["tensor", "numbers", "columns"])
 def test_a_rewards_numbers_may_have_a_graph(work, name):
     Path("graphs.py").write_text(GRAPHS)
