@@ -411,6 +411,10 @@ def test_the_window_has_every_place_up_to_its_last_step(model, work):
     for run.epoch in range(10):  # It sets the run's epoch.
         windows.add(flow_grpo.sample(run).window)
     assert windows == {range(3), range(1, 4), range(2, 5)}
+    windows = set()
+    for run.config.seed in range(10):
+        windows.add(flow_grpo.sample(run).window)
+    assert len(windows) > 1
 
 
 # ---- The update. Of the second and fifth prompt's images, none has an advantage; of the third's,

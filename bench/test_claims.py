@@ -10,6 +10,7 @@ from statistics import mean, variance
 from types import SimpleNamespace
 
 import claims
+import judge
 import pytest
 import torch
 from baselines import dpo_loss, rwr_loss, sft_loss
@@ -234,6 +235,31 @@ def test_each_run_trains_with_its_variants_functions(monkeypatch, tmp_path):
     expected = ["paper", "cps", "guard", "dppo", "tempflow", "paper", "velocity-kl", "paper"]
     assert settings == expected
     assert records[4]["claims"] == {"variants": "TempFlow-GRPO's weights"}
+
+
+# ---- What is measured of a run.
+def test_minutes_are_of_rollouts_and_updates():
+    evaluation = {"eval_reward": 0.1, "eval_ocr_accuracy": 0.2}
+    epoch = {"epoch": 1, "seconds_rollout": 60, "seconds_update": 120}
+    lines = [{"epoch": 0, **evaluation}, epoch, {"epoch": 1, **evaluation}]
+    assert [point["minutes"] for point in claims.evaluations(lines)] == [0, 3]
+
+
+def test_each_judged_image_has_noise_of_its_own(tmp_path, monkeypatch):
+    seeds = []
+
+    class Pipe:
+        def set_progress_bar_config(self, disable):
+            pass
+
+        def __call__(self, prompts, generator, **how):
+            seeds.extend(g.initial_seed() for g in generator)
+            return SimpleNamespace(images=torch.zeros(len(prompts), 3, 4, 4))
+
+    monkeypatch.setattr(judge.StableDiffusion3Pipeline, "from_pretrained", lambda _: Pipe())
+    (tmp_path / "config.json").write_text(json.dumps(vars(flow_grpo.TINY)))
+    judge.draw_images(tmp_path, base=True, prompts=["a"] * 130, first_seed=7)
+    assert seeds == list(range(7, 137))
 
 
 # ---- The tables.

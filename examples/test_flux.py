@@ -392,9 +392,32 @@ def test_bad_input_ends_in_one_sentence(dev, capsys, changes, sentence):
     assert re.match(f"error: {sentence}", error)
 
 
-def test_defaults_are_those_that_flow_grpo_shares():
+def test_settings_are_some_of_flow_grpos():
     shared = vars(flow_grpo.Config())
     assert set(vars(flux.Config(prompt_file=""))) <= set(shared)
+
+
+def test_defaults_are_the_published_ones():
+    config = flux.Config(prompt_file="")
+    assert (config.learning_rate, config.beta, config.batch_size) == (3e-4, 0, 3)
+
+
+def test_gradient_is_clipped_to_1(dev, monkeypatch):
+    norms = []
+
+    def large_gradient(run, times, batches):
+        for p in parameters(run):
+            p.grad = torch.ones_like(p)
+        return {}
+
+    def step(optimizer):
+        (group,) = optimizer.param_groups
+        norms.append(joined(p.grad for p in group["params"]).norm().item())
+
+    monkeypatch.setattr(flux, "add_gradient", large_gradient)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    flux.train(small_run(dev))
+    assert norms == pytest.approx([1, 1], rel=1e-3)
 
 
 def test_a_single_batch_is_trained_in_a_single_update(dev, capsys):

@@ -731,6 +731,15 @@ def test_clip_is_openais_with_its_activation(module):
 # ---- PickScore and CLIPScore.
 
 
+def test_pickscores_processor_is_that_of_the_model_it_was_made_from(monkeypatch):
+    """The repository of its weights has none that fits."""
+    processor = Mock()
+    monkeypatch.setattr(pickscore, "CLIPModel", Mock())
+    monkeypatch.setattr(pickscore, "CLIPProcessor", processor)
+    pickscore.pickscore_model.__wrapped__()
+    processor.from_pretrained.assert_called_once_with(pickscore.PICKSCORE_PROCESSOR)
+
+
 def test_pickscore_is_the_formula(models):
     images, pils = pictures(3, 128, 160)
     prompts = ["a cat", "a very long prompt " * 30, ""]

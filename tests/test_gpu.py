@@ -250,10 +250,12 @@ def test_a_process_has_a_gpu_of_its_own_as_long_as_they_last(monkeypatch, rank, 
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
     monkeypatch.setattr(dist, "rendezvous", lambda _: iter([(Mock(), rank, 4)]))
     monkeypatch.setattr(dist, "init_process_group", Mock())
-    monkeypatch.setattr("atexit.register", Mock())
+    register = Mock()
+    monkeypatch.setattr("atexit.register", register)
     monkeypatch.setattr("signal.signal", Mock())
     flow_grpo.join_processes()
     set_device.assert_called_once_with(chosen)
+    register.assert_called_once_with(dist.destroy_process_group)
 
 
 def test_a_step_does_not_wait_for_a_gpus_times_to_refuse_them(gpu):
@@ -341,6 +343,12 @@ def warnings_again():
     torch.set_warn_always(True)
     yield
     torch.set_warn_always(False)
+
+
+def test_the_loss_scale_begins_at_2_to_the_20(model, work):
+    run = small_run(model, half=True)
+    run.scaler.scale(torch.ones(()))
+    assert run.scaler.get_scale() == 2**20
 
 
 @pytest.mark.usefixtures("warnings_again")

@@ -37,6 +37,7 @@ PUBLISHED = {
     "sde_steps": 9,
     "lora_rank": 32,
     "ema_interval": 8,
+    "adam_epsilon": 1e-8,
     "height": 512,
     "width": 512,
     "max_sequence_length": 128,

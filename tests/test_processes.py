@@ -13,9 +13,10 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import flow_grpo
-from flow_grpo import main
+from flow_grpo import UserError, main
 from tests.processes import (
     exit_code,
     forked,
@@ -36,6 +37,7 @@ from tests.small import (
     only_error,
     same_run,
     set_up,
+    small_run,
     to_go_on,
 )
 
@@ -209,6 +211,15 @@ def test_bad_input_is_said_by_one_process(model, work):
     assert exit_code(two_processes, script, arguments(model, prompt_file="none.txt")) > 0
     assert "none.txt" in one_error(Path("stderr").read_text())
     assert not Path("out").exists()
+
+
+def test_a_process_that_is_lost_in_an_update_is_said(model, work, monkeypatch):
+    run = small_run(model)
+    samples = flow_grpo.sample(run)
+    monkeypatch.setattr(flow_grpo, "PROCESSES", 2)
+    monkeypatch.setattr(dist, "all_reduce", Mock(side_effect=RuntimeError("closed")))
+    with pytest.raises(UserError, match="another process has ended"):
+        flow_grpo.optimize(run, samples)
 
 
 # ---- Processes that torchrun hasn't started.

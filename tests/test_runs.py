@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import weakref
 from collections import Counter
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -13,6 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from filelock import FileLock
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InvalidCxxCompiler
 
@@ -100,6 +102,30 @@ def test_an_epochs_printed_line_has_three_columns_of_the_reward_and_the_times(mo
     assert capsys.readouterr().out == f"epoch 500: {columns}  {rest}\n"
 
 
+def test_rollout_and_update_are_timed_apart(model, work, monkeypatch):
+    clock = iter([0.0, 5.0, 7.0])
+    monkeypatch.setattr(flow_grpo, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    run = small_run(model, epochs=1)
+    flow_grpo.train(run)
+    (line,) = [line for line in run.metrics if "seconds_update" in line]
+    assert (line["seconds_rollout"], line["seconds_update"]) == (5, 2)
+
+
+def test_an_epochs_samples_do_not_last_through_the_next_rollout(model, work, monkeypatch):
+    original = flow_grpo.sample
+    earlier = []
+
+    def sample(run):
+        assert not any(samples() for samples in earlier)
+        samples = original(run)
+        earlier.append(weakref.ref(samples))
+        return samples
+
+    monkeypatch.setattr(flow_grpo, "sample", sample)
+    flow_grpo.train(small_run(model))
+    assert len(earlier) == 3
+
+
 def test_the_norm_of_a_skipped_step_is_logged_as_0(model, work):
     """JSON has neither infinity nor NaN."""
     run = small_run(model)
@@ -178,6 +204,32 @@ def test_a_second_run_in_a_folder_is_refused(model, work, capsys, monkeypatch, i
     assert re.search(" out: .*a run is in it", second[0])
 
 
+def test_a_folder_is_free_again_after_a_run(work, monkeypatch):
+    locks = []
+
+    def kept_lock(*args, **kwargs):
+        locks.append(FileLock(*args, **kwargs))
+        return locks[-1]
+
+    monkeypatch.setattr(flow_grpo, "FileLock", kept_lock)
+    with flow_grpo.own_folder("out"):
+        assert locks[0].is_locked
+    assert not locks[0].is_locked
+
+
+def test_a_file_is_on_the_disk_before_it_takes_the_name_of_the_old_one(work, monkeypatch):
+    sizes = []
+
+    def fsync(descriptor):
+        assert not Path("a.txt").exists()
+        sizes.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    flow_grpo.write_file(Path("a.txt"), lambda path: path.write_text("text"))
+    assert sizes == [4]
+    assert Path("a.txt").read_text() == "text"
+
+
 # ---- Interrupted equals uninterrupted, bit for bit.
 # The first is in the third epoch, the others are in the second and in the evaluation after it.
 INSTANTS = [
@@ -185,6 +237,7 @@ INSTANTS = [
     ("score_images", 8),
     ("optimizer_step", 4),
     ("evaluate", 2),
+    ("epoch_00002.png", 1),
     ("checkpoint.pt", 4),
     ("pytorch_lora_weights.safetensors", 4),
 ]
@@ -463,6 +516,14 @@ def test_after_an_error_a_run_goes_on_with_what_helps(resumable, capsys, monkeyp
         error_of(["--resume=out", "--epochs=4"], capsys)
     assert main(["--resume=out", "--gradient-checkpointing", "--batch-size=2"]) == 0
     assert metrics("out")[-1]["epoch"] == 4
+
+
+def test_a_resumed_run_may_be_compiled_or_not(resumable, monkeypatch):
+    runs = []
+    monkeypatch.setattr(flow_grpo, "train", runs.append)
+    assert main(["--resume=out", "--compile"]) == 0
+    assert main(["--resume=out", "--no-compile"]) == 0
+    assert [run.config.compile for run in runs] == [True, False]
 
 
 def test_a_defect_shows_its_traceback_and_how_to_go_on(resumable, capsys, monkeypatch):

@@ -117,6 +117,31 @@ def test_evaluation_scores_its_images(model, work):
     assert seen == run.eval_records
 
 
+def test_evaluation_averages_within_each_tag_first(model, work):
+    run = small_run(model)
+    run.reward.function = lambda images, *_: [1.0, 0.0, 0.5][: len(images)]
+    tags = ["counting", "position", "counting"]
+    records = [{"prompt": "a", "tag": tag} for tag in tags]
+    means, _ = flow_grpo.evaluate(run, records)
+    assert means["eval_reward"] == (0.75 + 0) / 2
+
+
+def test_evaluation_has_no_graph(model, work):
+    run = small_run(model)
+    modes = set()
+
+    def add_mode(*_):
+        modes.add(torch.is_grad_enabled())
+
+    run.pipe.transformer.register_forward_pre_hook(add_mode)
+    flow_grpo.evaluate(run, PAIR)
+    assert modes == {False}
+
+
+def test_the_largest_images_are_those_of_the_networks_positions(model, work):
+    assert small_run(model, height=32).latent_shape == (4, 16, 8)
+
+
 def test_images_have_the_height_and_width_that_were_asked_for(model, work):
     _, images = flow_grpo.evaluate(small_run(model, height=12, width=20), PAIR)
     assert images.shape == (2, 3, 12, 20)
@@ -162,6 +187,15 @@ def test_all_images_of_all_epochs_and_seeds_begin_with_noise_of_their_own(model,
         noise.append(flow_grpo.sample(run).latents[:, 0].flatten(1))
     similar = torch.corrcoef(torch.cat(noise)) > 0.5
     assert torch.equal(similar, torch.eye(4 * 8).bool())
+
+
+def test_image_12_of_epoch_1_begins_with_other_noise_than_image_2_of_epoch_11(model, work, quick):
+    run = small_run(model, group_size=24, batch_size=2)
+    run.epoch = 1
+    first = flow_grpo.sample(run).latents[12, 0]
+    run.epoch = 11
+    second = flow_grpo.sample(run).latents[2, 0]
+    assert not torch.equal(first, second)
 
 
 def test_the_noise_of_a_rollout_is_standard_normal(model, work, quick):
