@@ -757,7 +757,8 @@ def encode(run, records):
 def set_switches():
     """Set torch's global switches as the run needs them, whatever a reward has set."""
     torch.set_default_dtype(torch.float32)
-    torch.set_default_device(None)  # the CPU, as at first
+    if torch.get_default_device().type != "cpu":
+        torch.set_default_device("cpu")
     # The adapter's float32 products are in TF32, which has as many digits as float16.
     torch.set_float32_matmul_precision("high")
     # cuDNN's attention, which torch prefers on the newest GPUs, has other kernels with autograd.
@@ -922,16 +923,16 @@ def save(run):
 
 def log(run, scores, images=None, **stats):
     """Add them to the run's metrics, save it, and print what matters most. Draw images, if any."""
-    metrics = scores | stats
-    run.metrics.append({"epoch": run.epoch, **metrics})
+    metrics = {"epoch": run.epoch} | scores | stats
+    run.metrics.append(metrics)
     if images is not None:
         write_pictures(run, images)
     save(run)
-    shown = [*scores][:3] + [name for name in stats if re.match("kl|seconds", name)]
+    shown = [*scores][:3] + ["kl", "seconds_rollout", "seconds_update"]
     # `reward` is most often a copy of the next column, which then needn't be shown.
-    if len({metrics[name] for name in shown[:2]}) == 1:
-        del shown[1:2]
-    line = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown)
+    if len({metrics.get(name) for name in shown[:2]}) == 1:
+        del shown[1]
+    line = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown if name in metrics)
     tqdm.write(f"epoch {run.epoch}: {line}")
 
 
@@ -948,7 +949,6 @@ def write_pictures(run, images):
     for name in ("reward", "eval_reward"):
         curve = {line["epoch"]: line[name] for line in run.metrics if name in line}
         axes.plot(list(curve), list(curve.values()), "o-", label=name)
-    axes.set_xlabel("epoch")
     axes.legend()
     write_file(out / "curve.png", partial(axes.figure.savefig, format="png"))
 

@@ -36,7 +36,8 @@ def switches():
     torch.set_grad_enabled(True)
     torch.autograd.set_multithreading_enabled(True)
     torch.set_default_dtype(torch.float32)
-    torch.set_default_device(None)
+    if torch.get_default_device().type != "cpu":
+        torch.set_default_device("cpu")
     torch.set_float32_matmul_precision(precision)
     torch.backends.cuda.enable_cudnn_sdp(attention)
     for number, handler in handlers.items():
