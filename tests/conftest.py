@@ -36,8 +36,9 @@ def switches():
     torch.set_grad_enabled(True)
     torch.autograd.set_multithreading_enabled(True)
     torch.set_default_dtype(torch.float32)
-    if torch.get_default_device().type != "cpu":
-        torch.set_default_device("cpu")
+    # A default device, even if it is the CPU, costs time in each of torch's functions.
+    torch.set_default_device(None)
+    vars(torch._GLOBAL_DEVICE_CONTEXT).clear()  # torch 2.7 would take None for a device.
     torch.set_float32_matmul_precision(precision)
     torch.backends.cuda.enable_cudnn_sdp(attention)
     for number, handler in handlers.items():
