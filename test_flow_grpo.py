@@ -8,7 +8,6 @@ other tests are in tests/.
 import inspect
 import math
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -493,10 +492,7 @@ def recorded_chunks(patch):
 def epoch(request, model, tmp_path_factory):
     """An epoch of two updates, of 5 images each, in batches of 3 and 2."""
     name, (steps, last), scale, fill = request.param
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flow_grpo, "DEVICE", "cpu")
-        patch.chdir(tmp_path_factory.mktemp("epoch"))
-        Path("rewards.py").write_text(small.REWARDS)
+    with small.working_in(tmp_path_factory.mktemp("epoch")) as patch:
         run = small_run(model.with_name(name), sde_steps=steps, sde_last_step=last, **SETTINGS)
         run.scaler = torch.amp.GradScaler("cpu", scale, enabled=scale > 1)
         # `velocity_along` fills passes up if this is set. After `prepare`, nothing is compiled.

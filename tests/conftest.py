@@ -79,12 +79,10 @@ def work(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def whole(model, tmp_path_factory):
     """The folder of a run that nothing interrupted."""
-    import flow_grpo
-    from tests.small import WINDOW, arguments, set_up
+    from flow_grpo import main
+    from tests.small import WINDOW, arguments, working_in
 
-    with pytest.MonkeyPatch.context() as patch:
-        set_up(tmp_path_factory.mktemp("work"), patch)
-        patch.setattr(flow_grpo, "DEVICE", "cpu")
-        folder = model.with_name("whole")
-        assert flow_grpo.main(arguments(model, folder, **WINDOW)) == 0
+    folder = model.with_name("whole")
+    with working_in(tmp_path_factory.mktemp("work")):
+        assert main(arguments(model, folder, **WINDOW)) == 0
     return folder

@@ -2,8 +2,10 @@
 
 import json
 import math
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
@@ -224,6 +226,15 @@ def set_up(folder, patch):
     patch.setattr(flow_grpo, "EVAL_DENOISING_STEPS", EVAL_STEPS)
     Path("rewards.py").write_text(REWARDS)
     write("prompts.txt", *PROMPTS)
+
+
+@contextmanager
+def working_in(folder):
+    """`set_up` on the CPU, for a fixture that tests share. It gives what else may be patched by."""
+    with pytest.MonkeyPatch.context() as patch:
+        set_up(folder, patch)
+        patch.setattr(flow_grpo, "DEVICE", "cpu")
+        yield patch
 
 
 def arguments(model, out="out", **given):

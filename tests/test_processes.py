@@ -36,9 +36,9 @@ from tests.small import (
     metrics,
     only_error,
     same_run,
-    set_up,
     small_run,
     to_go_on,
+    working_in,
 )
 
 # ---- Two processes against one.
@@ -76,9 +76,7 @@ def teams(model, tmp_path_factory):
     lone, idle: an epoch of batches as large as it is, on one process, and on two;
     nan: on two processes, of which one fails.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        set_up(tmp_path_factory.mktemp("teams"), patch)
-        patch.setattr(flow_grpo, "DEVICE", "cpu")
+    with working_in(tmp_path_factory.mktemp("teams")):
         Path("late.py").write_text(REWARDS + LATE)
         assert main(arguments(model, "begun", epochs=1)) == 0
         shutil.copytree("begun", "one")

@@ -30,9 +30,9 @@ from tests.small import (
     metrics,
     only_error,
     same_run,
-    set_up,
     small_run,
     to_go_on,
+    working_in,
 )
 
 # ---- What a run leaves.
@@ -45,13 +45,12 @@ FOR_THE_FILE = "ratio_mean clipfrac approx_kl policy_loss grad_norm ratio_deviat
 @pytest.fixture(scope="module")
 def finished(model, tmp_path_factory):
     """The folder of a run by `two` of rewards.py. The file `printed` beside it has what it said."""
-    with pytest.MonkeyPatch.context() as patch:
-        set_up(tmp_path_factory.mktemp("work"), patch)
-        patch.setattr(flow_grpo, "DEVICE", "cpu")
-        folder = model.with_name("finished")
-        with open(model.with_name("printed"), "w") as stdout, redirect_stdout(stdout):
-            given = {"reward": "rewards.py:two", "seed": 3}
-            assert main(arguments(model.with_name("without-T5"), folder, **given)) == 0
+    folder = model.with_name("finished")
+    given = {"reward": "rewards.py:two", "seed": 3}
+    args = arguments(model.with_name("without-T5"), folder, **given)
+    printed = open(model.with_name("printed"), "w")  # noqa: SIM115
+    with working_in(tmp_path_factory.mktemp("work")), printed, redirect_stdout(printed):
+        assert main(args) == 0
     return folder
 
 

@@ -30,6 +30,17 @@ def multiply_average(run, factor):
         average.mul_(factor)
 
 
+def autograd_modes(module):
+    """A set that grows by whether autograd is on in a pass of the module."""
+    modes = set()
+
+    def add_mode(*_):
+        modes.add(torch.is_grad_enabled())
+
+    module.register_forward_pre_hook(add_mode)
+    return modes
+
+
 # ---- Evaluation.
 MODELS = {
     "with T5": ("with-T5", 3.5),
@@ -128,12 +139,7 @@ def test_evaluation_averages_within_each_tag_first(model, work):
 
 def test_evaluation_has_no_graph(model, work):
     run = small_run(model)
-    modes = set()
-
-    def add_mode(*_):
-        modes.add(torch.is_grad_enabled())
-
-    run.pipe.transformer.register_forward_pre_hook(add_mode)
+    modes = autograd_modes(run.pipe.transformer)
     flow_grpo.evaluate(run, PAIR)
     assert modes == {False}
 
@@ -207,12 +213,7 @@ def test_the_noise_of_a_rollout_is_standard_normal(model, work, quick):
 def test_a_rollout_has_autograd_on_if_it_is_compiled(model, work, compiled):
     run = small_run(model)
     run.config.compile = compiled
-    modes = set()
-
-    def add_mode(*_):
-        modes.add(torch.is_grad_enabled())
-
-    run.pipe.transformer.norm_out.register_forward_pre_hook(add_mode)
+    modes = autograd_modes(run.pipe.transformer.norm_out)
     samples = flow_grpo.sample(run)
     assert modes == {compiled, False}  # With guidance, the empty prompt never has a graph.
     assert not samples.latents.requires_grad
